@@ -1,0 +1,10 @@
+"""Pretraining of the models in the box, on rendered Shapes scenes alone.
+
+    python -m benchmarks.pretrain vae      the autoencoder
+    python -m benchmarks.pretrain latents  scenes to latents, once
+    python -m benchmarks.pretrain flow     the text encoders and the transformer
+    python -m benchmarks.pretrain clip     tiny-clip, the held-out judge
+    python -m benchmarks.pretrain export   the folders that ship, with their model cards
+
+Every stage is seeded, resumes from its last checkpoint when it is started again, and prints its rate and time left.
+"""

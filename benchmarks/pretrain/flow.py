@@ -1,0 +1,151 @@
+"""The transformer of tiny-sd3 and its text encoders, trained together by flow matching on Shapes latents.
+
+``x_s = (1 - s) x0 + s e``, target ``v = e - x0``, mean squared error, s from a logit-normal (Esser et al. 2024,
+arXiv 2403.03206, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reward_models.shapes.grammar import Metadata
+
+from .data import scene_batch, seen_prompts
+from .loop import fit
+from .text import MAX_LENGTH, WIDTH, TextEncoders, token_ids
+from .vae import LATENT_CHANNELS
+
+UNCONDITIONAL = 0.1  # share of empty prompts, for guidance
+PADDED_BATCHES = 0.1  # share of late batches with the 256 zero tokens that plain pipelines append
+LATE = 0.75  # where "late" begins
+
+
+def build() -> SD3Transformer2DModel:
+    """Four blocks of width 160; 8x8 latents in patches of 2 are 16 tokens. Modulations start at 0 (adaLN-zero)."""
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=5,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=160,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    for block in model.transformer_blocks:
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1_context.linear.weight)
+    nn.init.zeros_(model.norm_out.linear.weight)
+    nn.init.zeros_(model.proj_out.weight)
+    return model
+
+
+class TextToImage(nn.Module):
+    def __init__(self, tokenizer) -> None:
+        super().__init__()
+        self.text = TextEncoders(tokenizer)
+        self.transformer = build()
+
+    def forward(self, x: Tensor, s: Tensor, ids: Tensor, zero_tokens: int = 0) -> Tensor:
+        states, pooled = self.text(ids)
+        if zero_tokens:
+            states = torch.cat([states, states.new_zeros(len(x), zero_tokens, states.shape[-1])], 1)
+        return self.transformer(x, states, pooled, 1000 * s, return_dict=False)[0]
+
+
+def encode_latents(vae: AutoencoderKL, folder: Path, *, seed: int = 0, scenes: int = 65536, batch: int = 256) -> Path:
+    """Scenes to latents, once: ``latents`` (n, 12, 8, 8) fp16, zero mean and unit std by channel average, ``prompt`` (n,).
+
+    Written in shards, so that a stopped run goes on where it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "latents.safetensors"
+    if path.exists():
+        return path
+    order = {m["prompt"]: i for i, m in enumerate(prompt_list())}
+    shards = []
+    per_shard = 32 * batch
+    for first in range(0, scenes, per_shard):
+        shard = folder / f"shard_{first:08d}.safetensors"
+        if not shard.exists():
+            latents, index = [], []
+            for step in range(first // batch, min(first + per_shard, scenes) // batch):
+                metadata, pictures = scene_batch(seed, 3, step, batch)
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    x = (2 * pictures - 1).contiguous(memory_format=torch.channels_last)
+                    latents.append(vae.encode(x).latent_dist.mode().float())
+                index += [order[m["prompt"]] for m in metadata]
+            save_file({"latents": torch.cat(latents).contiguous(), "prompt": torch.tensor(index)}, shard)
+            print(f"latents {first + len(index)}/{scenes}", flush=True)
+        shards.append(load_file(shard))
+    latents = torch.cat([s["latents"] for s in shards])
+    shift, scale = latents.mean(), 1 / latents.std()
+    tensors = {
+        "latents": ((latents - shift) * scale).half(),
+        "prompt": torch.cat([s["prompt"] for s in shards]),
+        "shift": shift,
+        "scale": scale,
+    }
+    save_file(tensors, path)
+    return path
+
+
+def prompt_list() -> list[Metadata]:
+    return [m for task in seen_prompts().values() for m in task]
+
+
+def train(
+    data: dict[str, Tensor],
+    tokenizer,
+    folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = 11000,
+    batch: int = 128,
+    lr: float = 1e-3,
+    muon_lr: float = 2e-3,
+    on_save: Callable[[TextToImage, int], None] | None = None,
+) -> TextToImage:
+    """Fit transformer and text encoders; returns them with their EMA weights."""
+    torch.manual_seed(seed)
+    model = TextToImage(tokenizer)
+    ids = token_ids(tokenizer, [m["prompt"] for m in prompt_list()] + [""])
+    empty = len(ids) - 1
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        padded = step > LATE * steps and torch.rand((), generator=g) < PADDED_BATCHES
+        n = batch // 4 if padded else batch
+        rows = torch.randint(len(data["latents"]), (n,), generator=g)
+        x0, prompt = data["latents"][rows].float(), data["prompt"][rows].clone()
+        prompt[torch.rand(n, generator=g) < UNCONDITIONAL] = empty
+        e = torch.randn(x0.shape, generator=g)
+        s = torch.sigmoid(0.4 + 1.1 * torch.randn(n, generator=g))
+        x = (1 - s[:, None, None, None]) * x0 + s[:, None, None, None] * e
+        with torch.autocast("cpu", torch.bfloat16):
+            v = model(x, s, ids[prompt], 256 if padded else 0).float()
+        error = (v - (e - x0)).square().mean((1, 2, 3))
+        return error.mean(), {"loss": error.mean().item()}
+
+    def save(step: int) -> None:
+        if on_save is not None:
+            on_save(model, step)
+
+    ema = fit(
+        model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.9995, save_every=1000, on_save=save
+    )
+    model.load_state_dict(ema)
+    return model
+
+
+__all__ = ["MAX_LENGTH", "TextToImage", "build", "encode_latents", "prompt_list", "train"]

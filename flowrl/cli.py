@@ -1,0 +1,313 @@
+"""The command line: verbs, their options and exit codes. What a verb does is in `flowrl.commands` and the library.
+
+Exit codes: 0 done; 2 the input is wrong; 3 a guard stopped the run; 130 and 143 ended by a signal, state saved; 1 else.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+
+from flowrl import __version__
+from flowrl.errors import GuardStop, UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="flowrl",
+    help="Align text-to-image diffusion and flow models with rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure a model on a benchmark. Example: flowrl bench shapes tiny-sd3", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def verb(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn the errors that are meant for people into a message and an exit code; all others keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        from reward_models.protocol import RewardError
+
+        try:
+            return command(*args, **kwargs)
+        except (UserError, GuardStop) as error:
+            raise _exit(error, error.exit_code) from error
+        except RewardError as error:
+            raise _exit(error, 1) from error
+        except KeyboardInterrupt as error:
+            raise _exit("interrupted", 130) from error
+
+    return run
+
+
+def _exit(message: object, code: int) -> typer.Exit:
+    typer.echo(f"flowrl: {message}", err=True)
+    return typer.Exit(code)
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"flowrl {__version__}")
+        raise typer.Exit()
+
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dotted keys.")
+]
+PolicyPath = Annotated[
+    str, typer.Argument(metavar="POLICY", help="A bundled model, a pipeline folder, a hub id, or the folder of a run.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+LoraPath = Annotated[str | None, typer.Option("--lora", help="File or folder of a LoRA to apply.")]
+Steps = Annotated[int, typer.Option(min=1, help="ODE steps.")]
+Guidance = Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 is none.")]
+Height = Annotated[int | None, typer.Option(min=8, help="Pixels; default: what the model was made for.")]
+Width = Annotated[int | None, typer.Option(min=8, help="Pixels; default: what the model was made for.")]
+Images = Annotated[int, typer.Option("--images", min=1, help="Images per prompt.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Rows per model call.")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@verb
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")] = False,
+) -> None:
+    """Fine-tune a model with a reward, and report what it did to it.
+
+    Example: flowrl train quickstart seed=1 output_dir=runs/second
+    """
+    from flowrl.config import load_config
+
+    loaded = load_config(config, overrides or [], processes=_processes())
+    from flowrl.trainer import Stopped
+    from flowrl.trainer import train as run
+
+    try:
+        run(loaded, resume=resume)
+    except Stopped as stopped:
+        raise _exit(stopped, stopped.exit_code) from stopped
+
+
+@app.command()
+@verb
+def sample(
+    policy: PolicyPath,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A prompt source, such as prompts.txt or shapes:test.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of the source.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images; must be new.")] = Path("samples"),
+    images: Images = 4,
+    steps: Steps = 20,
+    guidance: Guidance = 1.0,
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    chunk: Chunk = 64,
+    lora: LoraPath = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Draw images of prompts into a folder, with a sheet and a listing.
+
+    Example: flowrl sample tiny-sd3 --prompt "a photo of a red star" --out stars
+    """
+    from flowrl.commands import pictures
+    from flowrl.sampling import SampleSettings
+
+    chosen = pictures.given_prompts(prompt or [], prompts, limit)
+    pictures.check_new(out)
+    model = pictures.open_policy(policy, lora=lora, device=device, dtype=dtype)
+    settings = SampleSettings(steps, guidance, height, width, images, seed, chunk)
+    folder = pictures.sample(model, chosen, settings, out)
+    typer.echo(f"{len(chosen) * images} images in {folder}, at a glance in {folder / 'sheet.png'}")
+
+
+@app.command()
+@verb
+def score(
+    folder: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of PNGs, such as `flowrl sample` writes.")],
+    reward: Annotated[
+        str, typer.Option(help="A name, module:attribute, or a mapping such as '{shapes: 1, jpeg: 0.1}'.")
+    ],
+    prompts: Annotated[str | None, typer.Option(help="Prompts of the images in the order of their names.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the scores; default: IMAGES/scores.jsonl.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Score images with any reward.
+
+    Example: flowrl score stars --reward shapes
+    """
+    from flowrl.commands import pictures
+
+    found = pictures.score(folder, reward, prompts, out, device)
+    typer.echo(f"{found['reward']} of {found['images']} images, {found['missing']} without a score")
+    for name, value in {"score": found["score"], **found["parts"]}.items():
+        typer.echo(f"  {name:<20}{value['mean']:.4f}   95 % interval {value['low']:.4f} to {value['high']:.4f}")
+    typer.echo(f"written to {found['written']}")
+
+
+@bench.command("shapes")
+@verb
+def bench_shapes(
+    policy: PolicyPath,
+    split: Annotated[str, typer.Option(help="train, test or held_out.")] = "test",
+    task: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts, spread over the tasks.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the result; must be new.")] = Path("bench_shapes"),
+    images: Images = 4,
+    steps: Steps = 20,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
+    chunk: Chunk = 64,
+    lora: LoraPath = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """GenEval's tasks in the Shapes world, with 95 % intervals over prompts.
+
+    Example: flowrl bench shapes tiny-sd3 --limit 200 --guidance 3.5
+    """
+    from benchmarks import shapes
+    from flowrl.commands import pictures
+    from flowrl.sampling import SampleSettings
+
+    model = pictures.open_policy(policy, lora=lora, device=device, dtype=dtype)
+    settings = SampleSettings(steps, guidance, None, None, images, seed, chunk)
+    found = shapes.run(model, settings, out, split=split, tasks=task or None, limit=limit)
+    for name, value in {"all tasks": found["scores"]["shapes"], **found["tasks"]}.items():
+        low, high = value["ci95"]
+        typer.echo(f"{name:<16}{value['mean']:.3f}   95 % interval {low:.3f} to {high:.3f}")
+    typer.echo(f"written to {out / 'summary.json'}")
+
+
+@app.command()
+@verb
+def report(run: RunFolder) -> None:
+    """Write report.html of a run anew, also of one that is still going on.
+
+    Example: flowrl report runs/quickstart
+    """
+    from flowrl.report import write_report
+
+    typer.echo(f"report: {write_report(run)}")
+
+
+@app.command()
+@verb
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Also estimate memory, time and disk.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the resolved config.")] = False,
+) -> None:
+    """Check a config and its prompts without training; every problem is reported at once.
+
+    Example: flowrl validate flow_grpo/sd35_medium_24gb rollout.chunk=2 --estimate
+    """
+    from flowrl.commands.check import check
+    from flowrl.config import load_config, resolved_yaml
+
+    loaded = load_config(config, overrides or [], processes=_processes())
+    if show:
+        typer.echo(resolved_yaml(loaded))
+    _say(check(loaded))
+    if estimate:
+        from flowrl.estimate import estimate as compute
+
+        _say(compute(loaded, _processes()).lines())
+
+
+@app.command()
+@verb
+def doctor() -> None:
+    """Show versions, devices, thread settings and which optional parts are usable.
+
+    Example: flowrl doctor
+    """
+    from flowrl.commands import facts
+
+    _say(facts.doctor())
+
+
+@app.command("list")
+@verb
+def list_(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="configs, models, rewards, kernels, ...")] = None,
+    path: Annotated[str | None, typer.Option(help="Print the path of the shipped config of this name.")] = None,
+) -> None:
+    """Show what can be named: shipped configs, models, rewards, kernels, objectives, prompt sources, config keys.
+
+    Example: flowrl list rewards
+    """
+    from flowrl.commands import facts
+    from flowrl.config import shipped_config
+
+    if path is not None:
+        typer.echo(str(shipped_config(path)))
+        return
+    if kind is not None and kind not in facts.KINDS:
+        raise UserError(
+            f"got list {kind!r}; expected one of {', '.join(facts.KINDS)}; or no kind, for all but the keys"
+        )
+    for each in (kind,) if kind else facts.KINDS[:-1]:
+        if kind is None:
+            typer.echo(f"{each}:")
+        _say(line if kind else f"  {line}" for line in facts.listing(each))
+
+
+@app.command()
+@verb
+def export(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="New folder; default: RUN/export.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Whole pipeline with merged weights, not a LoRA.")] = False,
+    sheet: Annotated[bool, typer.Option(help="Draw the same prompts at several LoRA strengths.")] = True,
+    device: Device = "auto",
+) -> None:
+    """Write the weights of a run for diffusers and ComfyUI, with a model card.
+
+    Example: flowrl export runs/quickstart --out my-lora
+    """
+    from flowrl.export import export as write
+
+    typer.echo(f"exported to {write(run, out or run / 'export', merge=merge, device=device, sheet=sheet)}")
+
+
+def _processes() -> int:
+    """Number of processes that a launcher (accelerate, torchrun) announced."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,309 @@
+"""The folder of a run and what happens around its loop: opening, resuming, evaluating, saving, finishing."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from flowrl import evaluate as evaluation
+from flowrl import samples
+from flowrl.checkpoint import load_latest, save_checkpoint, writer_lock
+from flowrl.config import Config, resolved_yaml
+from flowrl.distributed import World
+from flowrl.environment import write_environment
+from flowrl.errors import UserError
+from flowrl.guards import Change, Limits, StopSignals, find_alarms
+from flowrl.policies import Policy
+from flowrl.prompts import Prompt, load_prompts, prompt_batch
+from flowrl.runlog import RunLog
+from flowrl.state import State
+from flowrl.summary import ROW_FILES, EvalRow, build_summary, headline, names, paired, read_rows, write_summary
+
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+# What may differ when a run is resumed: nothing that a number of its metrics depends on.
+FREE_ON_RESUME = ("output_dir", "updates", "checkpoint", "logging", "threads")
+
+
+class Stopped(Exception):
+    """A signal ended the run after its state was saved; `exit_code` is 143 (SIGTERM) or 130 (SIGINT)."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Run:
+    """A run folder held by this process (and its peers), with its log."""
+
+    config: Config
+    folder: Path
+    world: World
+    resumed: bool
+    chunk: int
+    micro_batch: int
+    log: RunLog | None = None
+    started: float = field(default_factory=time.monotonic)
+    committed: bool = False  # an optimizer step of the current update was taken
+    snapshot: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+
+    # ---- opening
+
+    @staticmethod
+    @contextmanager
+    def open(config: Config, world: World, *, resume: bool) -> Iterator[Run]:
+        """Claim `config.output_dir` for this run.
+
+        Raises UserError when it holds another run, holds this one and `resume` is not set, or has nothing to resume.
+        """
+        folder = Path(config.output_dir)
+        with ExitStack() as stack:
+            if world.main:
+                _check_folder(config, folder, resume)
+                stack.enter_context(writer_lock(folder / CHECKPOINTS))
+                (folder / CONFIG).write_text(resolved_yaml(config), encoding="utf-8")
+                write_environment(folder, str(world.device), world.size)
+            world.barrier()
+            run = Run(config, folder, world, resume, config.rollout.chunk, config.optimizer.micro_batch)
+            try:
+                yield run
+            finally:
+                if run.log is not None:
+                    run.log.close()
+
+    def load(self, state: State, policy: Policy) -> None:
+        """Bring state and policy to the newest checkpoint, if there is one, and open the log there."""
+        found = load_latest(self.folder / CHECKPOINTS) if self.resumed else None
+        if found is not None:
+            state.unpack(policy, found.tensors, found.state)
+            state.wall_s = found.state["wall_s"]
+        self.log = RunLog(
+            self.folder,
+            self.config.logging.trackers,
+            total=self.config.updates,
+            resumed=(found.step if found else -1) if self.resumed else None,
+            project=self.config.logging.project,
+            config=self.config.model_dump(mode="json", by_alias=True),
+            active=self.world.main,
+        )
+        if self.resumed:
+            self.note(f"resumed after update {found.step}" if found else "nothing was saved yet: starting from the base")
+
+    def note(self, text: str) -> None:
+        """One line for a person."""
+        if self.log is not None:
+            self.log.note(text)
+
+    def encode_once(self, policy: Policy, prompts: list[Prompt]) -> None:
+        """Fill the embedding cache with every prompt the run will use, then drop the text encoders."""
+        if not self.config.policy.embedding_cache or not hasattr(policy, "drop_text_encoders"):
+            return
+        places = range(self.config.updates)
+        n, per_update, seed = len(prompts), self.config.prompts_per_update, self.config.seed
+        used = dict.fromkeys(slot.prompt for update in places for slot in prompt_batch(n, per_update, seed, update))
+        texts = [prompts[i].text for i in used] + [prompt.text for prompt in self.eval_prompts()]
+        mine = list(dict.fromkeys(texts))[self.world.rank :: self.world.size]
+        for start in range(0, len(mine), 64):
+            policy.encode(mine[start : start + 64])
+            if self.log is not None:
+                self.log.stage("encoding prompts", min(start + 64, len(mine)), len(mine))
+        self.world.barrier()
+        policy.drop_text_encoders()
+
+    # ---- evaluation
+
+    def eval_prompts(self) -> list[Prompt]:
+        e = self.config.eval
+        return [] if e is None else load_prompts(e.prompts, tasks=e.tasks, text_column=e.text_column, limit=e.limit)
+
+    def evaluate(self, policy: Policy, scorers: evaluation.Scorers | None, stage: str) -> list[EvalRow]:
+        """Rows of "before", "before_guided" or "after", drawn once and kept in the run folder.
+
+        Before training the weights are those the run starts from; after it, the moving average where there is one.
+        """
+        e = self.config.eval
+        if e is None or scorers is None:
+            return []
+        if (self.folder / ROW_FILES[stage]).exists() and stage != "after":
+            return read_rows(self.folder, stage)
+        settings = evaluation.settings_of(e, self.config.seed, self.config.rollout.chunk)
+        if stage == "before_guided":
+            if e.baseline_guidance is None:
+                return []
+            settings = evaluation.settings_of(
+                e.model_copy(update={"guidance": e.baseline_guidance}), self.config.seed, settings.chunk
+            )
+        pictures = self.folder / "samples" / stage
+        with self._trained(policy) if stage == "after" else nullcontext():
+            rows = evaluation.evaluate(
+                policy, self.eval_prompts(), settings, scorers, world=self.world, pictures=pictures,
+                on_progress=lambda done, total: self.log.stage(f"evaluating ({stage})", done, total) if self.log else None,
+            )  # fmt: skip
+        if self.world.main:
+            evaluation.write_rows(self.folder, stage, rows)
+            self.note(f"{stage.replace('_', ', ')}: {_spoken(rows)}")
+        self.world.barrier()
+        return rows
+
+    def evaluate_now(self, policy: Policy, scorers: evaluation.Scorers | None) -> dict[str, float]:
+        """Means of an evaluation during training, for the log."""
+        if self.config.eval is None or scorers is None:
+            return {}
+        settings = evaluation.settings_of(self.config.eval, self.config.seed, self.config.rollout.chunk)
+        with self._trained(policy):
+            rows = evaluation.evaluate(policy, self.eval_prompts(), settings, scorers, world=self.world)
+        return evaluation.means(rows)
+
+    def _trained(self, policy: Policy) -> Any:
+        """The weights that are evaluated and exported: the moving average where there is one."""
+        return policy.weights("ema") if self.config.ema else nullcontext()
+
+    def samples(self, policy: Policy, update: int) -> None:
+        """Draw the fixed prompts with their fixed noise on one sheet, `samples/update_000020.png`."""
+        count = self.config.logging.sample_prompts
+        if not self.world.main or not count or self.config.eval is None:
+            return
+        with self._trained(policy) if update else nullcontext():
+            samples.draw(policy, self.eval_prompts(), self.config, self.folder, update)
+
+    # ---- saving and stopping
+
+    def begin(self, state: State, policy: Policy) -> None:
+        """Start of an update. With several optimizer steps per update a copy is kept, to save if a guard stops it."""
+        self.committed = False
+        o = self.config.optimizer
+        if o.inner_updates * o.epochs > 1 and self.config.policy.train == "lora" and self.world.main:
+            tensors, counters = state.pack(policy)
+            self.snapshot = {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters
+
+    def check(self, stop: StopSignals) -> None:
+        """Raise Stopped if a signal came and the weights are still those of the last boundary."""
+        if stop.requested and not self.committed and self.world.size == 1:
+            raise Stopped(stop.exit_code, "")
+
+    def save(self, state: State, policy: Policy) -> None:
+        """Write a checkpoint of the boundary that `state` is at."""
+        if self.world.main:
+            self._write(*state.pack(policy), state)
+        self.world.barrier()
+
+    def save_last_good(self, state: State, policy: Policy) -> None:
+        """Write the state of the last update boundary, if memory still holds it; else the last checkpoint stands."""
+        if not self.world.main:
+            return
+        if not self.committed:
+            self._write(*state.pack(policy), state)
+        elif self.snapshot is not None:
+            self._write(*self.snapshot, state)
+
+    def _write(self, tensors: dict[str, Tensor], counters: dict[str, Any], state: State) -> None:
+        if self.log is not None:
+            self.log.sync()
+        wall = state.wall_s + time.monotonic() - self.started
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_checkpoint(
+            self.folder / CHECKPOINTS, state.update, tensors, {**counters, "wall_s": wall}, self.config.checkpoint.keep
+        )
+
+    def stopped(self, stop: StopSignals, state: State) -> Stopped:
+        """The exception that ends a run after a signal."""
+        return Stopped(
+            stop.exit_code,
+            f"stopped by a signal after update {state.update}, everything is saved; continue with --resume",
+        )
+
+    # ---- the end
+
+    def finish(self, state: State, policy: Policy) -> dict[str, Any]:
+        """Alarms of the whole run, summary, adapter, sheets and report; returns the summary."""
+        if not self.world.main:
+            self.world.barrier()
+            return {}
+        before, after = (read_rows(self.folder, stage) for stage in ("before", "after"))
+        a = self.config.alarms
+        found = find_alarms(_changes(before, after), Limits(a.window, a.judge_drop, a.diversity_drop, a.statistic_change))
+        alarms = [*state.alarms.raised, *(f"after training: {text}" for text in found.values())]
+        for text in found.values():
+            self.note(f"ALARM after training: {text}")
+        e = self.config.eval
+        summary = build_summary(
+            method=self.config.method,
+            policy=self.config.policy.path,
+            seed=self.config.seed,
+            updates=state.update,
+            wall_s=state.wall_s + time.monotonic() - self.started,
+            peak_rss_mb=peak_rss_mb(),
+            cost=asdict(state.cost),  # type: ignore[arg-type]
+            eval_settings=e and {"split": e.prompts.removeprefix("shapes:"), "steps": e.steps, "guidance": e.guidance},
+            before=before,
+            before_guided=read_rows(self.folder, "before_guided"),
+            after=after,
+            on_policy_ratio_max_dev=state.ratio_max_dev,
+            alarms=alarms,
+        )
+        write_summary(self.folder, summary)
+        samples.before_after(self.folder, before, after)
+        if hasattr(policy, "pipeline"):
+            from flowrl.export import export_policy
+
+            export_policy(policy, self.folder, self.folder / "adapter", sheet=False)
+        from flowrl.report import write_report
+
+        self.note(f"report: {write_report(self.folder)}")
+        self.world.barrier()
+        return summary
+
+
+def _check_folder(config: Config, folder: Path, resume: bool) -> None:
+    path = folder / CONFIG
+    if not path.exists():
+        if resume:
+            raise UserError(
+                f"got --resume, but {folder} holds no run; expected one with {CONFIG}; check output_dir, or leave out --resume"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    new = yaml.safe_load(resolved_yaml(config))
+    different = sorted(k for k in {*old, *new} - {*FREE_ON_RESUME} if old.get(k) != new.get(k))
+    if not resume or different:
+        what = f"a different run (its {', '.join(different)} differ)" if different else "this run already"
+        how = "choose another output_dir" if different else "continue it with --resume, or choose another output_dir"
+        raise UserError(f"{folder} holds {what}; expected a new or empty folder; {how}")
+
+
+def _changes(before: list[EvalRow], after: list[EvalRow]) -> dict[str, Change]:
+    """What changed from the first to the last evaluation, under the names of the alarms."""
+    if not before or not after:
+        return {}
+    changes: dict[str, Change] = {}
+    for kind, prefix in (("scores", "reward/"), ("judge", "judge/"), ("stats", "images/")):
+        for i, name in enumerate(names(before, kind)):
+            key = "reward/mean" if kind == "scores" and i == 0 else prefix + name
+            changes[key] = Change.paired(headline(before, kind, name).mean, paired(before, after, kind, name))
+    return changes
+
+
+def _spoken(rows: list[EvalRow]) -> str:
+    parts = []
+    for kind in ("scores", "judge"):
+        for name in names(rows, kind):
+            e = headline(rows, kind, name)
+            parts.append(f"{name} {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]")
+    return "  ".join(parts)
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -1,0 +1,137 @@
+"""What changes while a run trains, apart from the policy's weights, and how it is saved: optimizer, averages, counters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import samplers
+from flowrl.checkpoint import flatten_state, unflatten_state
+from flowrl.config import Config
+from flowrl.distributed import World
+from flowrl.ema import Ema
+from flowrl.errors import UserError
+from flowrl.guards import Alarms, Limits, ScaleSkips, require_finite
+from flowrl.policies import Policy
+
+
+def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
+    """AdamW over the policy's trainable parameters; UserError where the 8-bit one cannot run."""
+    o = config.optimizer
+    parameters = [parameter for _, parameter in policy.trainable()]
+    settings = {"lr": o.lr, "betas": tuple(o.betas), "weight_decay": o.weight_decay, "eps": o.eps}
+    if o.name == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            f"optimizer.name adamw8bit needs bitsandbytes, which cannot be imported ({error}); expected it installed; "
+            "pip install flowrl[quant], or set optimizer.name=adamw"
+        ) from error
+    if policy.device.type != "cuda":
+        raise UserError(
+            f"got optimizer.name adamw8bit on device {policy.device}; expected a CUDA device, which bitsandbytes needs; "
+            "set optimizer.name=adamw"
+        )
+    return AdamW8bit(parameters, **settings)
+
+
+@dataclass
+class State:
+    """State of a run at an update boundary; `update` counts finished updates."""
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+    alarms: Alarms
+    skips: ScaleSkips = field(default_factory=ScaleSkips)
+    update: int = 0
+    cost: samplers.Cost = field(default_factory=samplers.Cost)
+    ratio_max_dev: float | None = None
+    wall_s: float = 0.0  # of earlier sessions
+
+    @staticmethod
+    def create(config: Config, policy: Policy) -> State:
+        """The state before the first update."""
+        ema = None if config.ema is None else Ema(config.ema.decay, config.ema.ramp, config.ema.every)
+        if ema is not None:
+            ema.start(policy)
+        a = config.alarms
+        limits = Limits(a.window, a.judge_drop, a.diversity_drop, a.statistic_change)
+        fp16 = config.policy.dtype == "float16"
+        scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
+        return State(make_optimizer(config, policy), scaler, ema, Alarms(limits))
+
+    # ---- one optimizer step
+
+    def set_learning_rate(self, config: Config) -> float:
+        """lr (n + 1) / warmup during the first `warmup` updates, then lr; returns it."""
+        o = config.optimizer
+        rate = o.lr * min(1.0, (self.update + 1) / o.warmup) if o.warmup else o.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def step(self, config: Config, policy: Policy, parameters: list, world: World, loss: float) -> float | None:
+        """One optimizer step on the gradients that lie in the parameters; returns their norm.
+
+        None where the fp16 scaler skipped the step. GuardStop on a loss or gradient that is not finite, before the step
+        and on all processes together.
+        """
+        where = f"update {self.update + 1}"
+        require_finite({"the loss": loss}, where, world.max)
+        self.scaler.unscale_(self.optimizer)
+        bound = config.optimizer.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
+        if self.scaler.is_enabled():
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            skipped = self.scaler.get_scale() < before
+            self.skips.add(skipped)
+            if skipped:
+                return None
+        else:
+            require_finite({"the gradient norm": norm}, where, world.max)
+            self.optimizer.step()
+        if self.ema is not None:
+            self.ema.step(policy)
+        return float(norm)
+
+    # ---- saving
+
+    def pack(self, policy: Policy) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON state) of the run: weight sets, optimizer, counters."""
+        tensors, skeleton = flatten_state(self.optimizer.state_dict(), "optimizer")
+        tensors |= {f"weights/{name}": tensor.detach() for name, tensor in policy.named_states().items()}
+        counters = {
+            "update": self.update,
+            "cost": asdict(self.cost),
+            "ratio_max_dev": self.ratio_max_dev,
+            "optimizer": skeleton,
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "alarms": self.alarms.state_dict(),
+            "skips": self.skips.state_dict(),
+        }
+        return tensors, counters
+
+    def unpack(self, policy: Policy, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """Inverse of `pack`, in place."""
+        prefix = "weights/"
+        weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        policy.load_named_states(weights)
+        self.optimizer.load_state_dict(unflatten_state(tensors, counters["optimizer"]))
+        if counters["scaler"]:
+            self.scaler.load_state_dict(counters["scaler"])
+        if self.ema and counters["ema"]:
+            self.ema.load_state_dict(counters["ema"])
+        self.alarms.load_state_dict(counters["alarms"])
+        self.skips.load_state_dict(counters["skips"])
+        self.update = counters["update"]
+        self.cost = samplers.Cost(**counters["cost"])
+        self.ratio_max_dev = counters["ratio_max_dev"]
