@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import reward_models
 from flowrl.distributed import World
 from flowrl.errors import UserError
 from flowrl.evaluate import Scorers, evaluate
 from flowrl.policies import Policy
 from flowrl.prompts import load_prompts
+from flowrl.rewards import load_reward
 from flowrl.sampling import SampleSettings
 from flowrl.statistics import Estimate, task_mean_ci
 from flowrl.summary import EvalRow, by_prompt, measure, value
@@ -45,8 +45,8 @@ def run(
         raise UserError(f"{folder} already holds a measurement; expected a new folder; choose another --out")
     prompts = load_prompts(f"shapes:{split}", tasks=tasks, limit=limit)
     scorers = Scorers(
-        reward_models.load({"shapes": 1.0, "shapes-strict": 1.0}),
-        None if judge is None else reward_models.load(judge, device=policy.device),
+        load_reward({"shapes": 1.0, "shapes-strict": 1.0}),
+        None if judge is None else load_reward(judge, policy.device),
     )
     folder.mkdir(parents=True, exist_ok=True)
     world = world or World(0, 1, policy.device)

@@ -23,7 +23,7 @@ _HOME = {
     "load_config": "flowrl.config",
     "load_policy": "flowrl.policies",
     "load_prompts": "flowrl.prompts",
-    "load_reward": "reward_models.loading:load",
+    "load_reward": "flowrl.rewards",
     "rollout": "samplers.rollout",
     "shipped_config": "flowrl.config",
     "train": "flowrl.trainer",

@@ -25,7 +25,7 @@ LICENCES = {
 def write_card(
     run_folder: str | Path, out: str | Path, *, merged: bool, weights: str = "current", sheet: bool = False
 ) -> Path:
-    """Write `README.md` into `out` from the files of the run; what the run has not measured yet is said to be missing."""
+    """Write `README.md` into `out` from the files of the run; what was not measured is said to be missing."""
     run = Path(run_folder)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     facts_file = run / summary.FILE
@@ -39,6 +39,7 @@ def write_card(
         "base": base,
         "licence": licence,
         "merged": merged,
+        "whole": (Path(out) / "model_index.json").exists(),
         "weights": weights,
         "sheet": sheet,
         "config": config,

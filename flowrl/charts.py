@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
@@ -21,6 +21,7 @@ from flowrl.statistics import Estimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 # Stand-in colour -> what the page calls it.
 _COLOURS = {
@@ -35,7 +36,7 @@ _COLOURS = {
 }
 INK, SOFT, LINE, BEFORE, AFTER, THIRD, FOURTH, PAPER = _COLOURS
 CYCLE = (AFTER, THIRD, FOURTH, BEFORE, INK)
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flowrl",  # the same data give the same file
     "text.parse_math": False,  # names of users may hold a dollar sign
@@ -83,8 +84,8 @@ def line_chart(series: Sequence[Series], *, smooth_over: int = 40) -> Markup:
                 axes.plot(x, _running_mean(y, window), color=colour, linewidth=1.6, label=curve.name)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)  # type: ignore[attr-defined]
-        axes.yaxis.get_major_locator().set_params(nbins=4)  # type: ignore[attr-defined]
+        axes.xaxis.set_major_locator(_ticks(6, integer=True))
+        axes.yaxis.set_major_locator(_ticks(4))
         if len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(0, 1.22), ncols=3, frameon=False, fontsize=7, handlelength=1,
                         columnspacing=1, borderpad=0)  # fmt: skip
@@ -126,9 +127,15 @@ def _horizontal(axes: Axes, labels: Sequence[str]) -> None:
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(nbins=6)  # type: ignore[attr-defined]
+    axes.xaxis.set_major_locator(_ticks(6))
     for text in axes.get_yticklabels():
         text.set_color(INK)
+
+
+def _ticks(count: int, integer: bool = False) -> MaxNLocator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=count, integer=integer, steps=[1, 2, 2.5, 5, 10])
 
 
 def _cycled(count: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
@@ -41,18 +42,22 @@ def verb(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        from reward_models.protocol import RewardError
-
         try:
             return command(*args, **kwargs)
         except (UserError, GuardStop) as error:
             raise _exit(error, error.exit_code) from error
-        except RewardError as error:
+        except _reward_errors() as error:
             raise _exit(error, 1) from error
         except KeyboardInterrupt as error:
             raise _exit("interrupted", 130) from error
 
     return run
+
+
+def _reward_errors() -> tuple[type[Exception], ...]:
+    """RewardError, where something could have raised it: importing it would bring torch."""
+    module = sys.modules.get("reward_models.protocol")
+    return () if module is None else (module.RewardError,)
 
 
 def _exit(message: object, code: int) -> typer.Exit:

@@ -78,15 +78,23 @@ class World:
         dist.all_gather(parts, padded.contiguous())
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
 
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every process if one has an error: its own where there is one, elsewhere a UserError."""
+        if self.any(error is not None):
+            raise error or UserError("another process of this run has stopped; its message says why")
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over processes (the loss is already divided by the global count)."""
-        if self.size == 1:
-            return
+        """Replace every gradient by its sum over processes (the loss is already divided by the global count).
+
+        A parameter without one gets zeros, so that the optimizer takes the same step however the work was split.
+        """
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-        total = self.sum(flat)
+        if self.size == 1:
+            return
+        total = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        dist.all_reduce(total)  # not gather: all gradients of all processes would not fit where a whole model is trained
         for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
             parameter.grad.copy_(part.view_as(parameter))
 

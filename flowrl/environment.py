@@ -25,7 +25,7 @@ def environment(device: str = "cpu", processes: int = 1, rewards: Sequence[Rewar
     """
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """The user's input cannot be used (exit code 2). The message says what was got, what was expected, how to fix it."""
+    """The user's input cannot be used (exit code 2): what was got, what was expected, how to fix it."""
 
     exit_code = 2
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flowrl.sampling import SampleSettings
 
 ADAPTER = "default"
-POLICY = "policy/"  # where a checkpoint keeps the policy's named states
+WEIGHTS = "weights/"  # where a checkpoint keeps the policy's named states
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 
 
@@ -58,7 +58,7 @@ def export(
         quantize=None if merge else chosen.quantize, lora=_lora_settings(chosen),
     )  # fmt: skip
     states = {
-        name.removeprefix(POLICY): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(POLICY)
+        name.removeprefix(WEIGHTS): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(WEIGHTS)
     }
     policy.load_named_states(states)
     return export_policy(policy, run, out, merge=merge, sheet=sheet)
@@ -136,28 +136,26 @@ def fold(transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def export_merged(policy: PipelinePolicy, out: str | Path, *, weights: str = "current") -> Path:
-    """Write a whole pipeline folder with `W + scale B A` in place of W; the policy itself is not changed.
+    """Write full weights, `W + scale B A` in place of W, as a pipeline folder; the policy itself is not changed.
 
-    Raises UserError for a quantised base, an adapter that is no plain LoRA, or text encoders that were dropped.
+    Where the text encoders were dropped (a run that is still in memory), the folder holds `transformer/` alone.
+    Raises UserError for a quantised base or an adapter that is no plain LoRA.
     """
     pipeline = policy.pipeline
     if getattr(pipeline.transformer, "is_quantized", False):
         raise UserError(
             f"the base weights of {policy.name} are quantised and cannot hold a merged update, expected plain weights; "
-            "use `flowrl export RUN OUT --merge`, which loads them anew, or export the LoRA"
-        )
-    if not policy.has_text_encoders:
-        raise UserError(
-            f"the text encoders of {policy.name} were dropped, so no whole pipeline can be written; "
-            "use `flowrl export RUN OUT --merge`, which loads it anew, or export the LoRA"
+            "use `flowrl export RUN --merge`, which loads them anew, or export the LoRA"
         )
     with policy.weights(weights), torch.no_grad():
         state = merged_state(pipeline.transformer)
         with torch.device("meta"):  # takes the tensors of `state` without a copy of its own
             transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
         transformer.load_state_dict(state, assign=True)
-        whole = type(pipeline)(**{**pipeline.components, "transformer": transformer})
-        whole.save_pretrained(out)
+        if policy.has_text_encoders:
+            type(pipeline)(**{**pipeline.components, "transformer": transformer}).save_pretrained(out)
+        else:
+            transformer.save_pretrained(Path(out) / "transformer")
     return Path(out)
 
 

@@ -44,11 +44,17 @@ CURVES = (
     ("Saturation", r"images/saturation", "a steady rise is a common sign of a hacked reward"),
     ("Sharpness", r"images/sharpness", "a strong change either way is suspicious"),
     ("Dark share", r"images/dark_fraction", "share of nearly black pixels"),
-    ("On-policy deviation", r"ratio/.+", "distance of the ratio from 1; before the first step it must be 0"),
-    ("Clipped share", r"clip_fraction.*", "share of ratios outside the clip range"),
-    ("KL to the starting weights", r"kl.*", "how far the policy has moved"),
-    ("Gradient norm", r"grad_norm.*", "before clipping"),
-    ("Loss", r"loss.*", "says little by itself"),
+    ("Ratio deviation", r"ratio/max_dev", "largest distance of the ratio from 1 while an update steps"),
+    (
+        "Clipped share",
+        r"clip_fraction|clip_active",
+        "ratios outside the clip range; active: those left without gradient",
+    ),
+    ("KL to the starting weights", r"kl", "how far the policy has moved"),
+    ("KL of one update", r"approx_kl", "how far one update moves the policy"),
+    ("Gradient norm", r"grad_norm", "before clipping"),
+    ("Groups without a signal", r"advantage/zero_variance_groups", "all images of the group have the same reward"),
+    ("Loss", r"loss|policy_loss", "says little by itself"),
 )
 
 
@@ -75,6 +81,18 @@ class PromptCard:
     @property
     def change(self) -> float:
         return self.after - self.before
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """The first score on the prompts of one task."""
+
+    name: str
+    prompts: int
+    before: Estimate
+    after: Estimate | None
+    gain: Estimate | None
+    verdict: str
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -105,9 +123,9 @@ def _content(folder: Path) -> dict[str, Any]:
     stages = {stage: summary.read_rows(folder, stage) for stage in summary.ROW_FILES}
     before, after = stages["before"], stages["after"]
     scores = summary.names(before or after, "scores")
-    alarms = [{"update": row["update"], "text": text} for row in metrics for text in row.get("alarms", ())]
-    told = {alarm["text"] for alarm in alarms}
-    alarms += [{"update": None, "text": text} for text in facts.get("alarms", ()) if text not in told]
+    alarms = list(
+        dict.fromkeys([*(text for row in metrics for text in row.get("alarms", ())), *facts.get("alarms", ())])
+    )
     cards = _cards(folder, before, after, scores[0]) if scores else []
     changed = sorted((card for card in cards if math.isfinite(card.change)), key=lambda card: card.change)
     updates = max((row["update"] for row in metrics), default=0)
@@ -136,7 +154,7 @@ def _content(folder: Path) -> dict[str, Any]:
         "curves": _curves(metrics),
         "cost": _cost(facts, timings),
         "config": config_text.strip(),
-        "environment": environment.read_environment(folder),
+        "environment": {"packages": {}, "rewards": [], **environment.read_environment(folder)},
     }
 
 
@@ -188,26 +206,15 @@ def _tasks(before: Sequence[EvalRow], after: Sequence[EvalRow], name: str) -> di
     if len(tags) < 2 or not all(tags):
         return None
     rows = []
-    for tag in tags:
+    for tag in map(str, tags):
         old = [row for row in before if row["tag"] == tag]
         new = [row for row in after if row["tag"] == tag]
         gain = summary.paired(old, new, "scores", name) if old and new else None
-        rows.append(
-            {
-                "name": tag,
-                "prompts": len(summary.by_prompt(old or new)),
-                "before": summary.headline(old, "scores", name),
-                "after": summary.headline(new, "scores", name) if new else None,
-                "gain": gain,
-                "verdict": _verdict(gain),
-            }
-        )
-    flat = [row["name"] for row in rows if row["verdict"] != "better"]
-    return {
-        "rows": rows,
-        "flat": flat,
-        "chart": charts.task_chart([(row["name"], row["before"], row["after"]) for row in rows]),
-    }
+        measured = summary.headline(new, "scores", name) if new else None
+        prompts = len(summary.by_prompt(old or new))
+        rows.append(TaskRow(tag, prompts, summary.headline(old, "scores", name), measured, gain, _verdict(gain)))
+    chart = charts.task_chart([(row.name, row.before, row.after) for row in rows])
+    return {"rows": rows, "flat": [row.name for row in rows if row.verdict != "better"], "chart": chart}
 
 
 def _cost(facts: Mapping[str, Any], timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -350,7 +357,7 @@ def _float(value: Any) -> float:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for people: three digits after the point for scores, thin spaces in large whole numbers, a dash for NaN."""
+    """A number for people: `digits` after the point, thin spaces in large whole numbers, a dash for NaN."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, int) or value == int(value) and abs(value) >= 1000:

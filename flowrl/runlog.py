@@ -114,7 +114,7 @@ class RunLog:
         if self._screen:
             self._screen.update(update, line)
         for alarm in alarms:
-            self.note(f"ALARM at update {update}: {alarm}")
+            self.note(f"ALARM: {alarm}")
         sent = {key: value for key, value in {**values, **machine}.items() if value is not None}
         for tracker in self._trackers:
             tracker.log(sent, update)

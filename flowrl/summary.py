@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from flowrl.runlog import read_jsonl
 from flowrl.statistics import Estimate, paired_diff_ci, task_mean_ci
@@ -128,12 +128,12 @@ def gains(before: Sequence[EvalRow], after: Sequence[EvalRow]) -> dict[str, Any]
 
 def names(rows: Iterable[EvalRow], kind: str) -> list[str]:
     """Names that occur under `kind` ("scores", "judge", "stats"), in the order of first occurrence."""
-    return list(dict.fromkeys(name for row in rows for name in row.get(kind) or {}))
+    return list(dict.fromkeys(name for row in rows for name in _part(row, kind)))
 
 
 def value(row: EvalRow, kind: str, name: str) -> float:
     """One number of a row; NaN where it is missing."""
-    number = (row.get(kind) or {}).get(name)
+    number = _part(row, kind).get(name)
     return math.nan if number is None else float(number)
 
 
@@ -181,6 +181,10 @@ def write_summary(folder: str | Path, summary: Mapping[str, Any]) -> Path:
     part.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
     return path
+
+
+def _part(row: EvalRow, kind: str) -> Mapping[str, float | None]:
+    return cast(Mapping[str, Any], row).get(kind) or {}
 
 
 def _key(row: EvalRow) -> tuple[int | str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def open_trackers(
     opened = []
     for tracker in trackers:
         if not isinstance(tracker, str):
-            opened.append(Tracker(tracker.name, lambda ready=tracker: ready, tell))
+            opened.append(Tracker(tracker.name, partial(_given, tracker), tell))
             continue
         if tracker not in available:
             raise UserError(
@@ -99,8 +100,12 @@ def open_trackers(
             )
         kind = LOGGER_TYPE_TO_CLASS[tracker]
         where = (str(folder),) if kind.requires_logging_directory else ()
-        opened.append(Tracker(tracker, lambda kind=kind, where=where: kind(project, *where), tell))
+        opened.append(Tracker(tracker, partial(kind, project, *where), tell))
     return opened
+
+
+def _given(tracker: GeneralTracker) -> GeneralTracker:
+    return tracker
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:

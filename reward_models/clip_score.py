@@ -1,7 +1,7 @@
 """A CLIP model as a judge: cosine of image and prompt, and image features for diversity.
 
-Works with any ``CLIPModel`` folder in transformers' layout (config.json, model.safetensors, preprocessor_config.json and
-the tokenizer's files), from the bundled ``tiny-clip`` to the published ones.
+Works with any ``CLIPModel`` folder in transformers' layout (config.json, model.safetensors, preprocessor_config.json
+and the tokenizer's files), from the bundled ``tiny-clip`` to the published ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def bundled_model(name: str) -> Path:
     if root is None or not (root / "models" / name).is_dir():
         shipped = sorted(p.name for p in (root / "models").glob("*") if p.is_dir()) if root else []
         raise ValueError(
-            f"got model name {name!r}, which is not shipped with flowrl (shipped: {', '.join(shipped) or 'none found'}). "
+            f"got model name {name!r}, expected one shipped with flowrl ({', '.join(shipped) or 'none found'}). "
             "Give the path of a CLIPModel folder."
         )
     return root / "models" / name
@@ -141,8 +141,8 @@ def _check_folder(folder: Path) -> None:
     absent = [n for n in ("config.json", "preprocessor_config.json") if not (folder / n).is_file()]
     if absent or not list(folder.glob("*.safetensors")):
         raise ValueError(
-            f"got model folder {str(folder)!r} without {', '.join(absent) or 'a .safetensors file'}, expected a CLIPModel "
-            "saved by transformers with its processor. Save both with save_pretrained()."
+            f"got model folder {str(folder)!r} without {', '.join(absent) or 'a .safetensors file'}, "
+            "expected a CLIPModel saved by transformers with its processor. Save both with save_pretrained()."
         )
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != "clip":

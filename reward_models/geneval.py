@@ -1,8 +1,8 @@
 """GenEval's decision logic as pure functions over detections.
 
 Source: GenEval (arXiv 2310.11513, github.com/djghosh13/geneval) for the official decision; the reward server of
-Flow-GRPO (arXiv 2505.05470, github.com/yifan123/reward-server) for the strict and the soft one. The same functions serve
-the Shapes world and the COCO benchmark: only the detector and the colour classifier differ.
+Flow-GRPO (arXiv 2505.05470, github.com/yifan123/reward-server) for the strict and the soft one. The same functions
+serve the Shapes world and the COCO benchmark: only the detector and the colour classifier differ.
 
 Differences from the published code: detections of equal score are ordered by area, then by x (theirs: arbitrary), and a
 wrong position adds no term of 1 to the soft score (``flow_grpo_compat`` brings it back).
@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Detection:
-    """One found object: class name, box [x1, y1, x2, y2] in pixels (y downwards), score in [0, 1], mask (H, W) or None."""
+    """One found object: class, box [x1, y1, x2, y2] in pixels (y downwards), score in [0, 1], mask (H, W) or None."""
 
     label: str
     box: Box
@@ -99,7 +99,7 @@ class Judgement:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union with GenEval's pixel convention (a side is the corner difference + 1); 0 if both are empty."""
+    """Intersection over union, a side being the corner difference + 1 as in GenEval; 0 if both boxes are empty."""
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
@@ -140,8 +140,8 @@ def _suppress(ranked: list[Detection], max_overlap: float) -> list[Detection]:
 def relations(a: Box, b: Box, position_threshold: float = 0.1) -> set[str]:
     """Where ``a`` lies with respect to ``b``: a subset of RELATIONS.
 
-    With the centre offset o = centre(a) - centre(b), on each axis r = sign(o) max(|o| - 0.1 (size_a + size_b), 0), and a
-    relation holds where r / |o|_2 exceeds 0.5 (the norm is that of the offset before the revision).
+    With the centre offset o = centre(a) - centre(b), on each axis r = sign(o) max(|o| - 0.1 (size_a + size_b), 0), and
+    a relation holds where r / |o|_2 exceeds 0.5 (the norm is that of the offset before the revision).
     """
     offset = ((a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2)
     sizes = (abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1]))
@@ -171,7 +171,7 @@ def official(
 ) -> tuple[bool, str]:
     """The benchmark's decision for one image: correct or not, and what was wrong.
 
-    More objects than asked for are fine unless ``exclude`` forbids them; of a class, only the best ``count`` are tested.
+    More objects than asked for are fine unless ``exclude`` forbids them; only the best ``count`` of a class are tested.
     """
     faults: list[str] = []
     groups: list[Sequence[Detection] | None] = []  # the matched objects of each clause
@@ -289,9 +289,7 @@ def check_metadata(metadata: Mapping[str, Any], classes: Sequence[str], colours:
 
 def record(filename: str, metadata: Mapping[str, Any], judgement: Judgement) -> dict[str, Any]:
     """One line of the benchmark's official results file."""
-    details = {
-        label: [[*d.box, d.score] for d in judgement.objects[label]] for label in sorted(judgement.objects)
-    }
+    details = {label: [[*d.box, d.score] for d in judgement.objects[label]] for label in sorted(judgement.objects)}
     return {
         "filename": filename,
         "tag": metadata["tag"],
@@ -326,7 +324,7 @@ def overall(tags: Sequence[str], values: Sequence[float]) -> float:
 
 
 def image_and_prompt_shares(prompt_ids: Sequence[object], correct: Sequence[float]) -> tuple[float, float]:
-    """Share of correct images, and share of prompts with at least one correct image (the two side figures of GenEval)."""
+    """Share of correct images, and share of prompts with at least one correct image (GenEval's two side figures)."""
     best: dict[object, float] = {}
     for prompt, value in zip(prompt_ids, correct, strict=True):
         best[prompt] = max(best.get(prompt, 0.0), float(value))

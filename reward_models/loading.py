@@ -19,12 +19,19 @@ from torch import Tensor
 from .mixture import WeightedSum
 from .protocol import Metadata, Reward, RewardError, RewardResult, RewardSpec, as_result
 
-
-# name -> (what it is, class, fixed arguments); a class is imported only when a reward is built, as some need heavy libraries
+# name -> (what it is, class, fixed arguments); classes are imported on use, as some need heavy libraries
 BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "shapes": ("GenEval's official decision on Shapes images, 0 or 1", "shapes.reward:ShapesReward", {"kind": "shapes"}),
+    "shapes": (
+        "GenEval's official decision on Shapes images, 0 or 1",
+        "shapes.reward:ShapesReward",
+        {"kind": "shapes"},
+    ),
     "shapes-strict": ("the same with exact counts, 0 or 1", "shapes.reward:ShapesReward", {"kind": "shapes-strict"}),
-    "shapes-soft": ("how much of the prompt is right, at most 1", "shapes.reward:ShapesReward", {"kind": "shapes-soft"}),
+    "shapes-soft": (
+        "how much of the prompt is right, at most 1",
+        "shapes.reward:ShapesReward",
+        {"kind": "shapes-soft"},
+    ),
     "jpeg": ("compressibility: minus the JPEG size in kB / 500", "rules:JpegReward", {"incompressible": False}),
     "jpeg-incompress": ("incompressibility: the JPEG size in kB", "rules:JpegReward", {"incompressible": True}),
     "tiny-clip": ("cosine of image and prompt in the box's CLIP model", "clip_score:ClipScore", {"path": "tiny-clip"}),
@@ -71,8 +78,8 @@ def load(
         raise ValueError(f"got unknown reward {spec!r}, expected one of {', '.join(BUILT_IN)}. {hint}")
     _, where, fixed = BUILT_IN[spec]
     module, _, name = where.partition(":")
-    target = getattr(importlib.import_module(f".{module}", __package__), name)
-    return _build(spec, functools.partial(target, **fixed), device, options)
+    target = functools.partial(getattr(importlib.import_module(f".{module}", __package__), name), **fixed)
+    return target(**_checked_options(spec, target, device, options))
 
 
 def _load_sum(spec: Mapping[str, float | Mapping[str, Any]], device: str | torch.device) -> WeightedSum:
@@ -90,18 +97,23 @@ def _load_sum(spec: Mapping[str, float | Mapping[str, Any]], device: str | torch
     return WeightedSum(rewards, weights)
 
 
-def _build(name: str, target: Callable[..., Any], device: str | torch.device, options: Mapping[str, Any]) -> Any:
-    """Call a class after checking that it takes the options, so that a wrong option is named; pass a device if it wants one."""
+def _checked_options(
+    name: str, target: Callable[..., Any], device: str | torch.device, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options with which to build a reward: the given ones, and the device where one is wanted.
+
+    Raises:
+        ValueError: the target takes no such options, or needs others.
+    """
     signature = inspect.signature(target)
-    if "device" in signature.parameters:
-        options = {"device": device, **options}
+    wanted = {"device": device, **options} if "device" in signature.parameters else dict(options)
     try:
-        signature.bind(**options)
+        signature.bind(**wanted)
     except TypeError as error:
         raise ValueError(
-            f"got options {dict(options)} for reward {name!r}, expected those of {signature} ({error}). Correct them."
+            f"got options {wanted} for reward {name!r}, expected those of {signature} ({error}). Correct them."
         ) from error
-    return target(**options)
+    return wanted
 
 
 def _load_user(spec: str, device: str | torch.device, options: dict[str, Any]) -> Reward:
@@ -113,28 +125,27 @@ def _load_user(spec: str, device: str | torch.device, options: dict[str, Any]) -
         hint = f"Did you mean {near[0]!r}?" if near else f"Define {attribute!r} there."
         raise ValueError(f"got reward {spec!r}, expected {where!r} to hold {attribute!r}, which it does not. {hint}")
     if inspect.isclass(target):
+        options = _checked_options(spec, target, device, options)
         try:
-            target = _build(spec, target, device, options)
-        except ValueError:
-            raise
+            target = target(**options)
         except Exception as error:  # a user's constructor may raise anything; it is reported under the reward's name
             raise RewardError(f"reward {spec!r} raised {type(error).__name__} while it was built: {error}") from error
-        scorer = getattr(target, "score", None)
-    else:
-        scorer = functools.partial(target, **options) if options and callable(target) else target
+        options = {}
+    scorer = getattr(target, "score", target)
     if not callable(scorer):
         raise ValueError(
             f"got reward {spec!r}, which is neither a function nor a class with a method score(). Give one of these."
         )
     if isinstance(target, Reward) and isinstance(target.spec, RewardSpec):
         return target
-    return UserReward(spec, scorer)
+    return UserReward(spec, scorer, options)
 
 
 def _run_file(path: Path) -> ModuleType:
-    found = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
     assert found is not None and found.loader is not None  # a .py file always has a loader
     module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses look their module up; the prefix keeps it from hiding another one
     found.loader.exec_module(module)
     return module
 
@@ -170,27 +181,31 @@ class UserReward:
         name: its import path.
         function: ``(images, prompts, metadata)`` and, if it has a parameter of this name, ``groups``; returns N numbers
             or a RewardResult.
+        options: further keyword arguments of the function.
 
     Raises:
         ValueError: it cannot be called like that.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
+        self.function, self.options = function, dict(options or {})
         self.spec = RewardSpec(name=name, version="user")
         signature = inspect.signature(function)
         self._takes_groups = "groups" in signature.parameters
         try:
-            signature.bind(None, None, None, **{"groups": None} if self._takes_groups else {})
+            signature.bind(None, None, None, **self._keywords(None))
         except TypeError as error:
             raise ValueError(
-                f"got reward {name!r} with parameters {signature}, expected (images, prompts, metadata) ({error}). "
-                "Give it these three, and defaults or options in the config for all others."
+                f"got reward {name!r} with parameters {signature} and options {self.options}, expected "
+                f"(images, prompts, metadata) and parameters for all options ({error}). Give it these."
             ) from error
+
+    def _keywords(self, groups: Tensor | None) -> dict[str, Any]:
+        return {"groups": groups, **self.options} if self._takes_groups else self.options
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
     ) -> RewardResult:
         """See ``Reward.score``."""
-        extra = {"groups": groups} if self._takes_groups else {}
-        return as_result(self.function(images, prompts, metadata, **extra), len(images), self.spec.name)
+        answer = self.function(images, prompts, metadata, **self._keywords(groups))
+        return as_result(answer, len(images), self.spec.name)

@@ -149,7 +149,9 @@ def checked_score(
         )
     reasons = list(result.reasons) or [None] * n
     if len(reasons) != n:
-        raise RewardError(f"reward {name!r} returned {len(reasons)} reasons for {n} images; expected one (or None) each.")
+        raise RewardError(
+            f"reward {name!r} returned {len(reasons)} reasons for {n} images; expected one (or None) each."
+        )
     values = _checked_values(result.values, name, "values", prompts)
     parts = {part: _checked_values(v, name, f"part {part!r}", prompts) for part, v in result.parts.items()}
     missing = values.isnan()
@@ -225,12 +227,16 @@ def as_result(answer: Any, n: int, name: str) -> RewardResult:
     if hasattr(answer, "tolist"):  # numpy and its like
         answer = answer.tolist()
     if not isinstance(answer, Sequence) or isinstance(answer, str):
-        raise RewardError(f"reward {name!r} returned a {type(answer).__name__}, expected {n} numbers, one for each image.")
+        raise RewardError(
+            f"reward {name!r} returned a {type(answer).__name__}, expected {n} numbers, one for each image."
+        )
     if len(answer) != n:
         raise RewardError(f"reward {name!r} returned {len(answer)} values for {n} images, expected one each.")
     try:
         numbers = [math.nan if value is None else float(value) for value in answer]
     except (TypeError, ValueError) as error:
-        raise RewardError(f"reward {name!r} returned something that is no number ({error}), expected {n} numbers.") from error
+        raise RewardError(
+            f"reward {name!r} returned something that is no number ({error}), expected {n} numbers."
+        ) from error
     reasons = [f"{name} gave None" if value is None else None for value in answer]
     return RewardResult(torch.tensor(numbers, dtype=torch.float64), reasons=cast("list[str | None]", reasons))

@@ -169,4 +169,5 @@ class Tree:
             rows = self.states.row[states]
             source = states[0].repeat(self.calls[call])
             source[rows] = states
-            yield Replay(self.states.x[source], self.states.s[source], self.states.root[source], states, rows)
+            x, s = self.states.x[source], self.states.s[source]
+            yield Replay(x, s, self.states.root[source].to(s.device), states, rows)

@@ -28,11 +28,12 @@ def eval_rows(stage: str, rate: float, *, prompts: int = 40, images: int = 4, se
     """Rows in which a share of about `rate` is right; difficulty depends on prompt, the rest on prompt, seed, stage."""
     difficulty = np.random.default_rng(seed).normal(0, 0.25, prompts)
     noise = np.random.default_rng(seed + 1).random((prompts, images))
-    extra = np.random.default_rng([seed, *stage.encode()]).normal(0, 0.12, (prompts, images))
+    extra = np.random.default_rng([seed, *stage.encode()]).normal(0, 0.2, (prompts, images))
     rows = []
     for p in range(prompts):
         for k in range(images):
-            right = float(noise[p, k] + extra[p, k] < rate + difficulty[p])
+            spoilt = 0.6 if stage == "after" and p % 10 == 9 else 0.0  # some prompts get worse
+            right = float(noise[p, k] + extra[p, k] < rate + difficulty[p] - spoilt)
             rows.append(
                 summary.EvalRow(
                     prompt=f"a photo of <b>shape {p}</b> & more",
@@ -90,7 +91,7 @@ def fake_run(folder: Path, *, updates: int = 60, finished: bool = True, alarms: 
                 "groups_dropped": 0,
             }
             spent = {"rollout_s": 1.2, "update_s": 1.5, "reward_s": 0.1, "images_per_s": 43.0, "peak_rss_mb": 1400}
-            said = ["saturation rose by 60 % while the reward rose"] if alarms and update in (30, 31) else []
+            said = [f"update {update}: saturation <rose> by 60 %"] if alarms and update in (30, 31) else []
             log.write(update, metrics, spent, said)
     rows = {"before": eval_rows("before", 0.55), "before_guided": eval_rows("before_guided", 0.65)}
     if finished:
@@ -101,7 +102,7 @@ def fake_run(folder: Path, *, updates: int = 60, finished: bool = True, alarms: 
         facts = summary.build_summary(
             method="flow_grpo", policy="tiny-sd3", seed=0, updates=updates, wall_s=171.2, peak_rss_mb=1400.4, cost=COST,
             eval_settings={"split": "shapes:test", "steps": 20, "guidance": 1.0}, **rows,
-            on_policy_ratio_max_dev=0.0, alarms=["saturation rose by 60 % while the reward rose"] if alarms else [],
+            on_policy_ratio_max_dev=0.0, alarms=["after training: the judge fell"] if alarms else [],
         )  # fmt: skip
         summary.write_summary(folder, facts)
     return folder

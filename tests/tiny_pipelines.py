@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a photo of red green blue yellow circle square triangle star two three four and left right above below cat dog".split()
+WORDS = "a photo of red green blue yellow circle square triangle star two three four and left above cat dog".split()
 
 
 def clip_tokenizer(folder: Path, max_length: int = 16):
@@ -127,7 +127,11 @@ def tiny_flux(folder: Path, seed: int = 0, guidance_embeds: bool = True):
         )  # fmt: skip
         pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(
-                shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+                shift=3.0,
+                use_dynamic_shifting=True,
+                base_shift=0.5,
+                max_shift=1.15,
+                base_image_seq_len=256,
                 max_image_seq_len=4096,
             ),
             vae=_vae(4),

@@ -89,15 +89,13 @@ def score(
     import torch
 
     import reward_models
+    from flowrl.rewards import load_reward
     from flowrl.statistics import task_mean_ci
 
     folder = Path(images)
     rows = _rows(folder, prompts)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        scorer = reward_models.load(parse_yaml(reward, "--reward"), device=where)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    scorer = load_reward(parse_yaml(reward, "--reward"), where)
     results: list[dict[str, Any]] = []
     for group in _batches(rows, 64):
         pictures = [_read(folder / row["image"]) for row in group]

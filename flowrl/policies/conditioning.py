@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 class Conditioning:
     """What the network is told about N prompts.
 
-    `rows` maps a name to a tensor (N, ...); `uncond` maps the same names to (1, ...), the row that stands for "no prompt"
-    in classifier-free guidance and is shared by all, or is None where the model has no such guidance.
+    `rows` maps a name to a tensor (N, ...); `uncond` maps the same names to (1, ...), the row that stands for "no
+    prompt" in classifier-free guidance and is shared by all, or is None where the model has no such guidance.
     """
 
     rows: Mapping[str, Tensor]
@@ -105,7 +106,7 @@ class EmbeddingCache:
             temporary.unlink(missing_ok=True)
 
 
-def content_hash(modules: Sequence[torch.nn.Module | None], tokenizers: Sequence[object | None], settings: object) -> str:
+def content_hash(modules: Sequence[torch.nn.Module | None], tokenizers: Sequence[Any], settings: object) -> str:
     """Hash of weights (values, dtypes), vocabularies and settings: equal exactly when prompts encode equally."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for module in modules:

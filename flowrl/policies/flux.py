@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class Flux:
     )
     latent_limit = None  # rotary positions: no largest size
 
-    def __init__(self, pipeline, max_sequence_length: int | None = None):
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None):
         """max_sequence_length: T5 tokens, None for diffusers' 512."""
         self.pipeline = pipeline
         self.latent_channels = pipeline.transformer.config.in_channels // 4

@@ -5,11 +5,11 @@ Given a prompt with mean m (one number per coordinate), data are x0 ~ N(m, std^2
     V_s = (1 - s)^2 std^2 + s^2                            marginal  x_s ~ N((1 - s) m, V_s)
     v(x, s) = E[e - x0 | x_s = x] = k_s x - (s / V_s) m,   k_s = (s - (1 - s) std^2) / V_s
 
-The policy learns a shift of the mean, m -> m + W m + w (zero at the start), which moves v by -(s / V_s) (W m + w). So every
-sampler is a linear recursion, every step's KL to the start a known quadratic, and with a quadratic reward the point at
-which policy gradient plus KL stands still is an affine map of m, thus within reach of (W, w) for all prompts at once
-(`LinearChain.optimum`). That makes a learning test exact: what a trainer converges to is compared with a formula, and a
-sign, a factor, a step or a prompt that is mixed up anywhere shows.
+The policy learns a shift of the mean, m -> m + W m + w (zero at the start), which moves v by -(s / V_s) (W m + w). So
+every sampler is a linear recursion, every step's KL to the start a known quadratic, and with a quadratic reward the
+point at which policy gradient plus KL stands still is an affine map of m, thus within reach of (W, w) for all prompts
+at once (`LinearChain.optimum`). That makes a learning test exact: what a trainer converges to is compared with a
+formula, and a sign, a factor, a step or a prompt that is mixed up anywhere shows.
 """
 
 import math
@@ -46,9 +46,9 @@ def velocity_coefficients(s: Tensor | float, std: float) -> tuple[Tensor, Tensor
 
 
 def gaussian_kl(mean: Tensor, std: Tensor | float, mean_ref: Tensor, std_ref: Tensor | float) -> Tensor:
-    """KL(N(mean, std^2) || N(mean_ref, std_ref^2)) = ln(std_ref / std) + (std^2 + (mean - mean_ref)^2) / (2 std_ref^2) - 1/2.
+    """KL of N(mean, std^2) from N(mean_ref, std_ref^2), elementwise; sum over coordinates for the KL of vectors.
 
-    Elementwise, float64; sum over coordinates for the KL of vectors.
+    ln(std_ref / std) + (std^2 + (mean - mean_ref)^2) / (2 std_ref^2) - 1/2
     """
     std, std_ref = torch.as_tensor(std, dtype=torch.float64), torch.as_tensor(std_ref, dtype=torch.float64)
     return (std_ref / std).log() + (std**2 + (mean - mean_ref) ** 2) / (2 * std_ref**2) - 0.5
@@ -64,8 +64,10 @@ def tilted(mean: Tensor, std: float, target: Tensor, curvature: float, beta: flo
 
     It maximises E[r] - beta KL(p || N(mean, std^2)) for the quadratic reward, is Gaussian again with
         1 / v = 1 / std^2 + curvature / beta,    m = v (mean / std^2 + curvature target / beta),
-    and the maximum is beta ln Z = beta sum_j [ ln(v / std^2) / 2 - (mean - target)^2 / (2 (std^2 + beta / curvature)) ].
-    A sampler reaches it only if its x0 forgets the initial noise; what a given sampler reaches is `LinearChain.optimum`.
+    and the maximum is
+        beta ln Z = beta sum_j [ ln(v / std^2) / 2 - (mean - target)^2 / (2 (std^2 + beta / curvature)) ].
+    A sampler reaches it only if its x0 forgets the initial noise and its std may change; what group-relative training
+    of `GaussianPolicy` on a given sampler reaches is `LinearChain.optimum`.
 
     Args: mean, target (D,). Returns m (D,), sqrt(v), beta ln Z (scalar).
     """
@@ -151,14 +153,15 @@ class LinearChain:
     ) -> Optimum:
         """Where group-relative policy gradient on `quadratic_reward` with a KL penalty stands still, for every mean m.
 
-        The update ascends E[A grad log p] - kl_weight grad KL over the steps `trained`, with A = r - (mean of the group)
-        and no division by a std. A group of K that contains the sample itself gives (1 - 1/K) of the policy gradient,
-        and steps that are not trained carry none, though they move the result. With result mean G (m + delta):
+        The update ascends E[A grad log p] - kl_weight grad KL over the steps `trained`, with A = r - (group's mean) and
+        no division by a std. A group of K that contains the sample itself gives (1 - 1/K) of the policy gradient, and
+        steps that are not trained carry none, though they move the result. With G = gain(), the result's mean is
+        G (m + delta); with F = (1 - 1/K) curvature gain(trained) the update is zero where
 
-            (1 - 1/K) curvature G_trained (target - G (m + delta)) = kl_weight Q delta
-            delta = rho (target - G m),   rho = (1 - 1/K) curvature G_trained / (kl_weight Q + (1 - 1/K) curvature G_trained G)
+            F (target - G (m + delta)) = kl_weight Q delta,   so   delta = F / (kl_weight Q + F G) (target - G m)
 
         Averages over latent elements or over edges scale both sides alike. group_size: K, None for no such factor.
+        A flipped reward is a negative curvature; there is a point of rest as long as kl_weight Q + F G > 0.
         """
         force = curvature * self.gain(trained) * (1.0 if group_size is None else 1 - 1 / group_size)
         rho = force / (kl_weight * self.kl_curvature(trained, form) + force * self.gain())
@@ -208,6 +211,7 @@ class GaussianPolicy:
         """v = k x + h (m + W m + w), (N, D, 1, 1) float32; guidance mixes the means, in which v is linear."""
         mean = self._mean(cond.rows["mean"])
         if guidance != 1:
+            assert cond.uncond is not None  # `encode` always gives it
             free = self._mean(cond.uncond["mean"])
             mean = free + guidance * (mean - free)
         k, h = (value.to(self.device, torch.float32).view(-1, 1, 1, 1) for value in velocity_coefficients(s, self.std))

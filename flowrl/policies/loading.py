@@ -3,7 +3,9 @@
 import difflib
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -30,23 +32,24 @@ def load_policy(
     cache_dir: str | os.PathLike | None = None,
     revision: str | None = None,
     max_sequence_length: int | None = None,
+    reference: bool = True,
 ) -> PipelinePolicy:
     """Load a diffusers SD3 or FLUX pipeline as a policy.
 
     Args:
         path: name of a bundled model ("tiny-sd3"), a pipeline folder, or a hub id ("owner/name"). A folder that has the
             name of a bundled model is written "./tiny-sd3".
-        dtype: what the network computes in: "float32", "bfloat16" or "float16". Latents and trained weights stay float32.
+        dtype: what the network computes in: "float32", "bfloat16" or "float16". Latents, trained weights stay float32.
         device: "cpu", "cuda", "cuda:1" or "auto" (CUDA if there is one).
-        quantize: keep the frozen transformer as "int8" or "nf4" (bitsandbytes through diffusers; needs CUDA), else None.
+        quantize: keep the frozen transformer as "int8" or "nf4" (bitsandbytes through diffusers; needs CUDA).
         attention: "native" (PyTorch), "xformers" or "flash", where the model class can use it.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         lora: adapter settings; None for the defaults.
-        train: "lora"; "full" (all transformer weights, plus a frozen float32 copy as the reference); "none" (nothing;
-            a LoRA given by `lora.source` is still applied).
+        train: "lora"; "full" (all transformer weights); "none" (nothing; a LoRA given by `lora.source` still applies).
         cache_dir: folder for the prompt-embedding cache; None for no cache.
         revision: branch, tag or commit of a hub model.
         max_sequence_length: T5 tokens; None for the pipeline's default (0 where an SD3 folder's T5 is a zero stand-in).
+        reference: whether full fine-tuning keeps a frozen float32 copy as weights("reference"); LoRA has it for free.
 
     Raises UserError, which says what to do, for everything a user can get wrong here.
     """
@@ -62,15 +65,19 @@ def load_policy(
     if quantize is not None:
         _check_quantize(quantize, where, train)
     if attention != "native" and where.type != "cuda":
-        raise UserError(f"got attention {attention!r} on device {where}; expected 'native' there; use it on a CUDA device")
+        raise UserError(
+            f"got attention {attention!r} on device {where}; expected 'native' there; use it on a CUDA device"
+        )
     source = resolve(path)
     index = _model_index(source, revision)
-    pipeline = _load_pipeline(source, index, DTYPES[dtype], quantize, revision, train)
+    with torch.cuda.device(where) if where.type == "cuda" else nullcontext():  # quantised weights go to the current one
+        pipeline = _load_pipeline(source, index, DTYPES[dtype], quantize, revision, train)
     if attention != "native":
         set_attention(pipeline.transformer, attention)
     return PipelinePolicy(
         pipeline, name=str(path), dtype=dtype, device=where, train=train, lora=lora, cache_dir=cache_dir,
         gradient_checkpointing=gradient_checkpointing, max_sequence_length=max_sequence_length,
+        reference=reference,
     )  # fmt: skip
 
 
@@ -89,8 +96,8 @@ def resolve(path: str | os.PathLike) -> str:
         return str(folder)
     if folder.is_file():
         raise UserError(
-            f"got {text!r}, which is a file; expected a diffusers pipeline folder; convert single-file checkpoints with "
-            "diffusers' from_single_file and save_pretrained"
+            f"got {text!r}, which is a file; expected a diffusers pipeline folder; convert single-file checkpoints "
+            "with diffusers' from_single_file and save_pretrained"
         )
     if text.count("/") == 1 and not text.startswith((".", "~", "/")) and not text.endswith("/"):
         return text
@@ -121,7 +128,9 @@ def _device(name: str | torch.device) -> torch.device:
 
 def _check_quantize(quantize: str, device: torch.device, train: str) -> None:
     if train == "full":
-        raise UserError(f"got quantize {quantize!r} with train 'full'; expected train 'lora'; quantised weights are fixed")
+        raise UserError(
+            f"got quantize {quantize!r} with train 'full'; expected train 'lora'; quantised weights are fixed"
+        )
     if device.type != "cuda":  # bitsandbytes has CPU kernels, but diffusers refuses to quantise without a GPU
         raise UserError(
             f"got quantize {quantize!r} on device {device}; expected a CUDA device, which diffusers' bitsandbytes "
@@ -130,10 +139,12 @@ def _check_quantize(quantize: str, device: torch.device, train: str) -> None:
     from diffusers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
-        raise UserError(f"got quantize {quantize!r} without bitsandbytes; expected it installed; pip install bitsandbytes")
+        raise UserError(
+            f"got quantize {quantize!r} without bitsandbytes; expected it installed; pip install bitsandbytes"
+        )
 
 
-def set_attention(transformer, attention: str) -> None:
+def set_attention(transformer: Any, attention: str) -> None:
     """Choose the attention backend by diffusers' own switch.
 
     Raises UserError where the backend's package is missing, or the model class would ignore the switch without a word.
@@ -164,11 +175,13 @@ def _model_index(source: str, revision: str | None) -> dict:
                 "folder, as save_pretrained writes it; point to the folder that holds model_index.json"
             )
     else:
-        file = _hub_file(source, revision)
+        file = Path(_hub_file(source, revision))
     try:
-        index = json.loads(Path(file).read_text(encoding="utf-8"))
+        index = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"got an unreadable {file} ({error}); expected JSON; download or save the model again") from error
+        raise UserError(
+            f"got an unreadable {file} ({error}); expected JSON; download or save the model again"
+        ) from error
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind not in BACKBONES:
         raise UserError(
@@ -192,26 +205,26 @@ def _hub_file(repo: str, revision: str | None) -> str:
         ) from error
     except hub.RevisionNotFoundError as error:
         raise UserError(
-            f"got revision {revision!r}, which hub model {repo!r} does not have; expected a branch, tag or commit of it; "
-            f"see https://huggingface.co/{repo}/tree/main"
+            f"got revision {revision!r}, which hub model {repo!r} does not have; expected a branch, tag or commit of "
+            f"it; see https://huggingface.co/{repo}/tree/main"
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise UserError(
-            f"got model {repo!r}: no such folder here, and no such model on the hub that you may read; expected a pipeline "
-            f"folder, a hub id, or one of {bundled()}; check the spelling, or run `hf auth login` if it is private"
+            f"got model {repo!r}: no such folder here, and no such model on the hub that you may read; expected a "
+            f"pipeline folder, a hub id, or one of {bundled()}; check the spelling, or `hf auth login` if it is private"
         ) from error
     except hub.LocalEntryNotFoundError as error:  # covers offline mode, which raises it for files not in the cache
         offline = constants.HF_HUB_OFFLINE
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         how = "unset HF_HUB_OFFLINE to download it" if offline else "check the connection"
         raise UserError(
-            f"got model {repo!r}: no such folder here, not in the local hub cache, and {why}; expected a pipeline folder, a "
-            f"model already downloaded, or one of {bundled()}; {how}, or give the path of a local copy"
+            f"got model {repo!r}: no such folder here, not in the local hub cache, and {why}; expected a pipeline "
+            f"folder, a model already downloaded, or one of {bundled()}; {how}, or give the path of a local copy"
         ) from error
     except hub.EntryNotFoundError as error:
         raise UserError(
-            f"got hub model {repo!r}, which has no model_index.json; expected a diffusers pipeline; look for a repository "
-            "with '-diffusers' in its name or convert the checkpoint"
+            f"got hub model {repo!r}, which has no model_index.json; expected a diffusers pipeline; look for a "
+            "repository with '-diffusers' in its name or convert the checkpoint"
         ) from error
     except hub.HFValidationError as error:
         raise UserError(f"got model {repo!r}; expected a pipeline folder or a hub id 'owner/name' ({error})") from error
@@ -219,7 +232,7 @@ def _hub_file(repo: str, revision: str | None) -> str:
 
 def _load_pipeline(
     source: str, index: dict, dtype: torch.dtype, quantize: str | None, revision: str | None, train: str
-):
+) -> Any:
     import diffusers
 
     pipeline_class = getattr(diffusers, index["_class_name"])
@@ -245,7 +258,7 @@ def _load_pipeline(
         ) from error
 
 
-def _quantization(quantize: str, dtype: torch.dtype):
+def _quantization(quantize: str, dtype: torch.dtype) -> Any:
     from diffusers import BitsAndBytesConfig
 
     if quantize == "int8":

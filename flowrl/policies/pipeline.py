@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class PipelinePolicy:
 
     def __init__(
         self,
-        pipeline,
+        pipeline: Any,
         *,
         name: str | None = None,
         dtype: str = "float32",
@@ -44,14 +45,17 @@ class PipelinePolicy:
         gradient_checkpointing: bool = False,
         cache_dir: str | os.PathLike | None = None,
         max_sequence_length: int | None = None,
+        reference: bool = True,
     ):
-        """pipeline: a loaded diffusers pipeline, which the policy takes over. train: "lora", "full" or "none".
+        """pipeline: a loaded diffusers pipeline, which the policy takes over. `load_policy` documents the rest.
 
-        Raises UserError for a pipeline class, train mode or dtype that is not supported. `load_policy` documents the rest.
+        Raises UserError for a pipeline class, train mode or dtype that is not supported.
         """
         kind = type(pipeline).__name__
         if kind not in BACKBONES:
-            raise UserError(f"got a {kind}; expected one of {sorted(BACKBONES)}; use a model of a supported pipeline class")
+            raise UserError(
+                f"got a {kind}; expected one of {sorted(BACKBONES)}; use a model of a supported pipeline class"
+            )
         if train not in ("lora", "full", "none"):
             raise UserError(f"got train {train!r}; expected 'lora', 'full' or 'none'")
         if dtype not in DTYPES:
@@ -67,14 +71,18 @@ class PipelinePolicy:
         self.cache_dir = cache_dir
         self._cache: EmbeddingCache | None = None
         self._place(pipeline)
-        self._make_trainable(lora)
+        self._make_trainable(lora, reference)
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of one latent of an image of height x width pixels. Raises UserError for sizes it cannot make."""
         height, width = height or self.resolution, width or self.resolution
-        scale, multiple, limit = self.pipeline.vae_scale_factor, self.backbone.pixel_multiple, self.backbone.latent_limit
+        scale, multiple, limit = (
+            self.pipeline.vae_scale_factor,
+            self.backbone.pixel_multiple,
+            self.backbone.latent_limit,
+        )
         if height < multiple or width < multiple or height % multiple or width % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
             raise UserError(
@@ -105,7 +113,9 @@ class PipelinePolicy:
             raise UserError(f"got prompts {prompts!r}; expected a non-empty list of strings")
         guided = self.backbone.calls(2.0) == 2  # FLUX takes guidance as an input and has no unconditional row
         if negative and not guided:
-            raise UserError(f"got negative prompt {negative!r}; expected none for {self.name}, which cannot use it; leave it out")
+            raise UserError(
+                f"got negative prompt {negative!r}; expected none for {self.name}, which cannot use it; leave it out"
+            )
         rows = self._embed([*prompts, negative] if guided else list(prompts))
         table = {key: torch.cat([rows[prompt][key] for prompt in prompts]).to(self.device) for key in rows[prompts[0]]}
         uncond = {key: row.to(self.device) for key, row in rows[negative].items()} if guided else None
@@ -124,8 +134,8 @@ class PipelinePolicy:
             return found
         if not self.has_text_encoders:
             raise UserError(
-                f"got prompt {missing[0]!r} ({len(missing)} such) after the text encoders were dropped; expected prompts "
-                "that are in the embedding cache; encode all prompts once before drop_text_encoders()"
+                f"got prompt {missing[0]!r} ({len(missing)} such) after the text encoders were dropped; expected "
+                "prompts that are in the embedding cache; encode all prompts once before drop_text_encoders()"
             )
         for part in self.backbone.text_parts:
             if getattr(self.pipeline, part) is not None:
@@ -242,7 +252,9 @@ class PipelinePolicy:
         The frozen copy of full fine-tuning is left out as long as it is what loading the model gives.
         """
         states = self.sets.states()
-        return {key: value for key, value in states.items() if not (self._frozen_reference and key.startswith("reference/"))}
+        return {
+            key: value for key, value in states.items() if not (self._frozen_reference and key.startswith("reference/"))
+        }
 
     @torch.no_grad()
     def load_named_states(self, states: dict[str, Tensor]) -> None:
@@ -261,7 +273,7 @@ class PipelinePolicy:
         sets = self.sets.nbytes()
         return sizes | {"trainable": sets.pop("current")} | {f"set:{name}": size for name, size in sets.items()}
 
-    def _place(self, pipeline) -> None:
+    def _place(self, pipeline: Any) -> None:
         """Freeze, set eval mode, and bring each part to its number format and device."""
         for part in ("transformer", "vae", *self.backbone.text_parts):
             if getattr(pipeline, part) is not None:
@@ -272,7 +284,7 @@ class PipelinePolicy:
             _move(pipeline.transformer, self.device, torch.float32 if self.train == "full" else self.dtype)
         # text encoders stay where they are until first used
 
-    def _make_trainable(self, lora: LoraSettings | None) -> None:
+    def _make_trainable(self, lora: LoraSettings | None, reference: bool) -> None:
         transformer = self.pipeline.transformer
         self._frozen_reference = False  # True: the set "reference" is the base as loaded
         if self.train == "full":
@@ -282,14 +294,20 @@ class PipelinePolicy:
                     "to train all weights on top of a LoRA, fuse it into the model first"
                 )
             if getattr(transformer, "is_quantized", False):
-                raise UserError("got train 'full' with a quantised base; expected train 'lora'; quantised weights are fixed")
+                raise UserError(
+                    "got train 'full' with a quantised base; expected train 'lora'; quantised weights are fixed"
+                )
             transformer.requires_grad_(True)
             self.sets = WeightSets(dict(transformer.named_parameters()))
+            if not reference:
+                return
             with torch.no_grad():
                 self.sets.copy("current", "reference")
             self._frozen_reference = True
             size = self.sets.nbytes()["reference"] / 2**20
-            log.info("full fine-tuning keeps a frozen float32 copy of the transformer: %.0f MiB on %s", size, self.device)
+            log.info(
+                "full fine-tuning keeps a frozen float32 copy of the transformer: %.0f MiB on %s", size, self.device
+            )
             return
         if self.train == "none" and (lora is None or lora.source is None):
             self.sets = WeightSets({}, adapters=lambda on: None)
@@ -303,6 +321,8 @@ class PipelinePolicy:
 
         def switch(on: bool) -> None:
             transformer.enable_adapters() if on else transformer.disable_adapters()
+            for parameter in adapter.values():  # switching on makes peft ask for gradients, wanted or not
+                parameter.requires_grad_(on and self.train == "lora")
 
         self.sets = WeightSets(adapter if self.train == "lora" else {}, adapters=switch)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class SD3:
         for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     )
 
-    def __init__(self, pipeline, max_sequence_length: int | None = None):
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None):
         """max_sequence_length: T5 tokens; None: 0 where the T5's output is exactly zero, else diffusers' 256."""
         config = pipeline.transformer.config
         self.pipeline = pipeline
@@ -61,6 +62,7 @@ class SD3:
         """v (N, C, h, w); with guidance g: v_uncond + g (v_cond - v_uncond), both halves in one forward of 2N rows."""
         embeds, pooled = rows["embeds"], rows["pooled"]
         if guidance != 1:
+            assert uncond is not None  # `predict` has checked
             n = len(latents)
             embeds = torch.cat([uncond["embeds"].expand(n, -1, -1), embeds])
             pooled = torch.cat([uncond["pooled"].expand(n, -1), pooled])
@@ -84,21 +86,22 @@ class SD3:
         return scheduler.sigmas
 
 
-def dynamic(scheduler) -> bool:
+def dynamic(scheduler: Any) -> bool:
     """Whether the scheduler's shift depends on the number of tokens."""
     return bool(scheduler.config.get("use_dynamic_shifting"))
 
 
-def dynamic_mu(scheduler, tokens: int) -> float:
+def dynamic_mu(scheduler: Any, tokens: int) -> float:
     """mu of the shift e^mu / (e^mu + 1/t - 1), linear in the number of tokens (FLUX: 0.5 at 256, 1.15 at 4096)."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     names = {"base_seq_len": "base_image_seq_len", "max_seq_len": "max_image_seq_len"}
     names |= {"base_shift": "base_shift", "max_shift": "max_shift"}
-    return calculate_shift(tokens, **{to: scheduler.config[name] for to, name in names.items() if name in scheduler.config})
+    return calculate_shift(
+        tokens, **{to: scheduler.config[name] for to, name in names.items() if name in scheduler.config}
+    )
 
 
-def _t5_is_zero(t5: torch.nn.Module | None) -> bool:
+def _t5_is_zero(t5: Any) -> bool:
     """A last layer norm of weight 0 makes the output exactly zero: a T5 that is there only to be loaded."""
     return t5 is not None and not t5.encoder.final_layer_norm.weight.any()
-

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class WeightSets:
 
     def __init__(self, current: Mapping[str, nn.Parameter], adapters: Callable[[bool], None] | None = None):
         self.current = dict(current)
-        self.adapters = adapters
+        self.adapters = adapters or (lambda on: None)
+        self.has_adapters = adapters is not None
         self.sets: dict[str, dict[str, Tensor]] = {}
         self.active = "current"
 
@@ -92,15 +94,19 @@ class WeightSets:
             groups.setdefault(set_, {})[name] = value
         for set_, values in groups.items():
             wrong = sorted(values.keys() ^ self.current.keys())
-            wrong += [name for name in values.keys() & self.current.keys() if values[name].shape != self.current[name].shape]
+            wrong += [
+                name for name in values.keys() & self.current.keys() if values[name].shape != self.current[name].shape
+            ]
             if wrong:
                 raise UserError(
-                    f"got weights {set_!r} that do not fit this policy (first misfit: {wrong[0]!r}, {len(wrong)} in all); "
+                    f"got weights {set_!r} that do not fit this policy (first: {wrong[0]!r}, {len(wrong)} in all); "
                     f"expected the {len(self.current)} trainable tensors of this policy; "
                     "use the policy, LoRA rank and targets that the weights were saved with"
                 )
         if "current" not in groups:
-            raise UserError(f"got weight sets {sorted(groups)}; expected 'current' among them; use a complete checkpoint")
+            raise UserError(
+                f"got weight sets {sorted(groups)}; expected 'current' among them; use a complete checkpoint"
+            )
         for set_, values in groups.items():
             if set_ != "current" and set_ not in self.sets:
                 self.sets[set_] = {name: value.detach().clone() for name, value in self.current.items()}
@@ -120,7 +126,7 @@ class WeightSets:
         return self.sets[name]
 
     def _activate(self, name: str) -> None:
-        adapters_off = name == "reference" and name not in self.sets and self.adapters is not None
+        adapters_off = name == "reference" and name not in self.sets and self.has_adapters
         if name != "current" and not adapters_off:
             self._values(name)  # unknown names fail before anything is touched
         if self.active == name:
@@ -142,7 +148,7 @@ class WeightSets:
             parameter.data, stored[key] = stored[key], parameter.data
 
 
-def add_lora(pipeline, settings: LoraSettings, targets: tuple[str, ...]) -> None:
+def add_lora(pipeline: Any, settings: LoraSettings, targets: tuple[str, ...]) -> None:
     """Put an adapter on the pipeline's transformer, fresh or from `settings.source`.
 
     Raises UserError for unusable settings, targets that match nothing, or a file that is no LoRA of this transformer.
@@ -155,12 +161,15 @@ def add_lora(pipeline, settings: LoraSettings, targets: tuple[str, ...]) -> None
     targets = tuple(settings.targets or targets)
     if settings.rank < 1 or settings.alpha <= 0:
         raise UserError(f"got LoRA rank {settings.rank}, alpha {settings.alpha}; expected rank >= 1 and alpha > 0")
-    inits = {"gaussian": "gaussian", "kaiming": True}
+    inits: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
     if settings.init not in inits:  # others (pissa, olora) rewrite the base, and with it the reference
         raise UserError(f"got LoRA init {settings.init!r}; expected one of {sorted(inits)}")
     _check_targets(pipeline.transformer, targets)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, init_lora_weights=inits[settings.init], target_modules=list(targets)
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # divided by r, so any number will do
+        init_lora_weights=inits[settings.init],
+        target_modules=list(targets),
     )
     with torch.random.fork_rng():  # the adapter is a function of its seed, not of what was drawn before
         torch.manual_seed(settings.seed)
@@ -179,20 +188,27 @@ def _check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
             )
 
 
-def _load_lora(pipeline, source: str) -> None:
+def _load_lora(pipeline: Any, source: str) -> None:
     """Load a diffusers, kohya or peft LoRA of the transformer as the adapter to be trained."""
     from safetensors import SafetensorError
 
     path = Path(source).expanduser()
     what = f"got LoRA {source!r}"
-    fix = "expected a .safetensors file, a folder with pytorch_lora_weights.safetensors or adapter_model.safetensors, or a hub id"
-    looks_local = path.suffix == ".safetensors" or path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+    fix = (
+        "expected a .safetensors file, a folder with pytorch_lora_weights.safetensors or adapter_model.safetensors, "
+        "or a hub id"
+    )
+    looks_local = (
+        path.suffix == ".safetensors" or path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+    )
     if not path.exists() and looks_local:
         raise UserError(f"{what}, which does not exist; {fix}; check the path")
     try:
         state, alphas, metadata = _read_lora(pipeline, path if path.exists() else source)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{what}, which cannot be read ({error}); {fix}; check the path, or that the hub is reachable") from error
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: a layout diffusers does not know
+        raise UserError(
+            f"{what}, which cannot be read ({error}); {fix}; check the path, or that the hub is reachable"
+        ) from error
     if not any(key.startswith("transformer.") for key in state):
         raise UserError(
             f"{what}, which holds no layer of a transformer (first key: {next(iter(state), None)!r}); "
@@ -207,7 +223,7 @@ def _load_lora(pipeline, source: str) -> None:
     missing = _missing_layers(pipeline.transformer, state)
     if missing:
         raise UserError(
-            f"{what}, whose layer {missing[0]!r} does not exist or has another shape in this model ({len(missing)} such); "
+            f"{what}, whose layer {missing[0]!r} does not exist or has another shape here ({len(missing)} such); "
             f"expected a LoRA made for this {type(pipeline.transformer).__name__}; use the base model it was trained on"
         )
     arguments = {"network_alphas": alphas} if _knows_alphas(pipeline) else {}
@@ -217,7 +233,7 @@ def _load_lora(pipeline, source: str) -> None:
     log.info("LoRA from %s: its own rank, alpha and targets hold", source)
 
 
-def _read_lora(pipeline, path: Path | str) -> tuple[dict[str, Tensor], dict | None, dict | None]:
+def _read_lora(pipeline: Any, path: Path | str) -> tuple[dict[str, Tensor], dict | None, dict | None]:
     """(state with `transformer.` keys, alphas per layer, LoraConfig fields), in diffusers' layout."""
     from safetensors.torch import load_file
 
@@ -230,7 +246,9 @@ def _read_lora(pipeline, path: Path | str) -> tuple[dict[str, Tensor], dict | No
         config = json.loads((path / "adapter_config.json").read_text())
         fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "lora_bias")
         return state, None, {f"transformer.{field}": config[field] for field in fields if field in config}
-    folder, name = (str(path.parent), path.name) if isinstance(path, Path) and path.is_file() else (str(path), None)
+    if isinstance(path, Path) and path.is_dir():
+        path = _only_lora(path)
+    folder, name = (str(path.parent), path.name) if isinstance(path, Path) else (path, None)
     flags = {"return_alphas": True} if _knows_alphas(pipeline) else {}
     state, *alphas, metadata = pipeline.lora_state_dict(
         folder, weight_name=name, return_lora_metadata=True, use_safetensors=True, **flags
@@ -238,7 +256,15 @@ def _read_lora(pipeline, path: Path | str) -> tuple[dict[str, Tensor], dict | No
     return state, (alphas[0] if alphas else None), metadata
 
 
-def _knows_alphas(pipeline) -> bool:
+def _only_lora(folder: Path) -> Path:
+    """The LoRA file in a folder: the one of diffusers' name, else the only safetensors file (FileNotFoundError)."""
+    usual, files = folder / "pytorch_lora_weights.safetensors", sorted(folder.glob("*.safetensors"))
+    if usual not in files and len(files) != 1:
+        raise FileNotFoundError(f"{len(files)} safetensors files in it, none named {usual.name}")
+    return usual if usual in files else files[0]
+
+
+def _knows_alphas(pipeline: Any) -> bool:
     """FLUX's loader takes files with an alpha per layer (kohya's); SD3's refuses them."""
     return "Flux" in type(pipeline).__name__
 

@@ -2,16 +2,16 @@
 
 How an image is read:
 
-1. The ground is the median of the border. A pixel is a mixture ``ground + alpha (colour - ground)``; against each palette
+1. The ground is the median of the border. A pixel is a mixture ``ground + alpha (colour - ground)``; for each palette
    colour this is a ray in RGB space, and the nearest ray gives the pixel's alpha and colour. Soft edges (anti-aliasing,
    blur) lie on the ray of their own shape, so they make no objects of their own.
 2. Pixels with alpha >= 1/2 form connected components. A component of more than one colour is several shapes that touch,
    and is split by palette colour.
 3. Alpha is measured again with the component's own colour. This soft mask is moved to a common frame (centroid at 0,
-   square root of its area = 1, both of which blur leaves alone) and compared with soft templates of every shape, drawn by
-   the renderer at a similar size and at several small rotations, by soft intersection over union.
-4. The best template names the shape. Its overlap, measured on a scale on which 1 is the overlap of the most similar other
-   shape, is calibrated to a score, which is lowered for shapes of uneven colour, blurred outlines and crumbs.
+   square root of its area = 1, both of which blur leaves alone) and compared, by soft intersection over union, with
+   soft templates of every shape, drawn by the renderer at a similar size and at several small rotations.
+4. The best template names the shape. What its overlap lacks, in units of what the most similar other shape lacks, is
+   calibrated to a score, which is lowered for uneven colour, blurred outlines and crumbs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ GRID, REACH = 24, 1.1  # points per side of the common frame, and half its side 
 SIZES = (7.5, 9.5, 12.0, 15.0, 19.0)  # square roots of the templates' areas, pixels
 ANGLES = np.linspace(-0.24, 0.24, 7)  # radians; drawn shapes stay within 0.12
 # (value that costs nothing, value that costs everything) of the four measures of damage
-SHAPE_FAULT = (0.20, 0.42)  # (1 - overlap) / (1 - overlap of the most similar other shape); drawn shapes have 0.2 or less
+SHAPE_FAULT = (
+    0.20,
+    0.42,
+)  # (1 - overlap) / (1 - overlap of the most similar other shape); drawn shapes have 0.2 or less
 COLOUR_FAULT = (0.12, 0.25)  # RGB standard deviation inside
 EDGE_FAULT = (1.2, 2.4)  # blur of the outline, pixels; a rendered one has 0.3
 SMALL_FAULT = (-6.8, -5.5)  # minus the square root of the area, pixels; the smallest drawn shape has -7.8
@@ -125,7 +128,8 @@ def _without_debris(labels: Ints) -> Ints:
     """Labels renumbered without gaps, components smaller than LEAST_AREA becoming ground."""
     kept = np.bincount(labels.ravel()) >= LEAST_AREA
     kept[0] = False
-    return (np.cumsum(kept) * kept)[labels]
+    number = np.where(kept, np.cumsum(kept), 0)
+    return number[labels]
 
 
 def _measure(labels: Ints, pixels: Floats, alpha: Floats) -> Components:
@@ -146,7 +150,7 @@ def _measure(labels: Ints, pixels: Floats, alpha: Floats) -> Components:
 
 
 def _split(found: Components, mixed: Ints, palette: Ints) -> Ints:
-    """Labels in which the components ``mixed`` are cut by palette colour; rims of mixed colour go to the nearest piece."""
+    """Labels with the components ``mixed`` cut by palette colour; rims of mixed colour go to the nearest piece."""
     labels, following = found.labels.copy(), len(found.area)
     for i in mixed:
         plane, colours = labels[found.image[i]], palette[found.image[i]]
@@ -295,7 +299,9 @@ class ShapesDetector:
         kind = overlaps.argmax(1)
         blur = edge_sums(labels, alpha, len(size)) / (np.maximum(size, 1) * known.edges[kind])
         score = _soundness((1 - overlaps.max(1)) / known.gaps[kind], SHAPE_FAULT)
-        score *= _soundness(objects.spread, COLOUR_FAULT) * _soundness(blur, EDGE_FAULT) * _soundness(-size, SMALL_FAULT)
+        score *= (
+            _soundness(objects.spread, COLOUR_FAULT) * _soundness(blur, EDGE_FAULT) * _soundness(-size, SMALL_FAULT)
+        )
         found: list[list[Detection]] = [[] for _ in pixels]
         solid = labels * (alpha >= 0.49)  # anti-aliased edges are often covered by exactly one half
         for i, region in enumerate(ndimage.find_objects(solid, len(size) - 1), start=1):

@@ -23,9 +23,9 @@ KINDS = {
 class ShapesReward:
     """The official decision, the strict or the soft score of GenEval with the rule-based Shapes detector.
 
-    The result's ``parts`` hold all three whichever is the value, and ``reasons`` say what the official decision found wrong.
-    Prompts need GenEval metadata; where there is none, a prompt in the Shapes grammar is parsed. An image is missing if
-    neither helps, or if the metadata asks for something that is not in the Shapes world.
+    The result's ``parts`` hold all three whichever is the value, and ``reasons`` say what the official decision found
+    wrong. Prompts need GenEval metadata; where there is none, a prompt in the Shapes grammar is parsed. An image is
+    missing if neither helps, or if the metadata asks for something that is not in the Shapes world.
 
     Args:
         kind: "shapes", "shapes-strict" or "shapes-soft".
@@ -69,7 +69,8 @@ class ShapesReward:
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
     ) -> RewardResult:
         """See ``Reward.score``."""
-        rows, reasons = [], []
+        rows: list[tuple[float, float, float]] = []
+        reasons: list[str | None] = []
         for answer in self.judge(images, prompts, metadata):
             if isinstance(answer, str):
                 rows.append((math.nan, math.nan, math.nan))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
+from tiny_pipelines import tiny_flux, tiny_sd3
 
 from flowrl.config import config_folder, load_config, parse_config, parse_yaml, resolved_yaml, shipped_configs
+from flowrl.trainer import train
 
 RECIPES = shipped_configs()
 
@@ -36,3 +40,47 @@ def test_accelerate_configs_are_read_by_accelerate(path: object) -> None:
 
     loaded = load_config_from_file(str(path))
     assert loaded.mixed_precision == "no" and loaded.num_processes >= 2
+
+
+@pytest.fixture(scope="module")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pipeline class -> folder of a tiny one with random weights."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_sd3(root / "tokenizer_a").save_pretrained(root / "sd3")
+    tiny_flux(root / "tokenizer_b").save_pretrained(root / "flux")
+    return {"sd3": root / "sd3", "flux": root / "flux"}
+
+
+def shrunk(name: str, models: dict[str, Path], out: Path) -> list[str]:
+    """Overrides that keep the recipe's method and replace what needs a large model, a GPU or time."""
+    side = 64 if "shapes" in str(load_config(name).reward) else 16  # the Shapes rules are in pixels of 64x64 images
+    size = [f"height={side}", f"width={side}"]
+    evaluation = ["limit=2", "images_per_prompt=1", "steps=2", "every=0", "judge=null", *size]
+    return [
+        f"output_dir={out}",
+        f"policy.path={models['flux' if 'flux' in name else 'sd3']}",
+        "policy.device=cpu",
+        "policy.dtype=float32",
+        "policy.quantize=null",
+        "policy.attention=native",
+        "policy.lora.rank=2",
+        "prompts.limit=4",
+        "optimizer.name=adamw",
+        "updates=2",
+        "prompts_per_update=2",
+        "group_size=2",
+        *(f"rollout.{setting}" for setting in size),
+        *(f"eval.{setting}" for setting in evaluation),
+        "logging.samples_every=0",
+        "logging.sample_prompts=1",
+    ]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_run_two_updates_on_a_random_model(name: str, random_models: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = load_config(name, shrunk(name, random_models, out))
+    summary = train(config)
+    assert summary["updates"] == 2 and summary["method"] == config.method
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert load_config(out / "config.yaml") == config

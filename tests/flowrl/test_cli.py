@@ -118,7 +118,7 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
 def test_a_wrong_config_is_reported_before_anything_is_loaded() -> None:
     result = run("train", "quickstart", "polcy.path=x", "group_size=1", "rollout.level=-1")
     assert result.exit_code == 2
-    assert "3 problems" in result.output and "did you mean policy.path?" in result.output
+    assert "3 problems" in result.output and "did you mean policy?" in result.output
     assert run("train").exit_code == 2
     assert run("nosuchverb").exit_code == 2
 

@@ -63,8 +63,8 @@ def inputs(base):
 
     if base[0] == "sd3":
         return {
-            "hidden_states": draw(2, 4, 8, 8), "encoder_hidden_states": draw(2, 5, 32), "pooled_projections": draw(2, 32),
-            "timestep": torch.tensor([300.0, 900.0]),
+            "hidden_states": draw(2, 4, 8, 8), "encoder_hidden_states": draw(2, 5, 32),
+            "pooled_projections": draw(2, 32), "timestep": torch.tensor([300.0, 900.0]),
         }  # fmt: skip
     return {
         "hidden_states": draw(2, 16, 16), "encoder_hidden_states": draw(2, 5, 32), "pooled_projections": draw(2, 16),
@@ -229,11 +229,15 @@ def test_full_fine_tuning_is_exported_whole(base, tmp_path):
     assert torch.equal(output(whole.transformer, base), output(policy.pipeline.transformer, base))
 
 
-def test_merging_needs_the_whole_pipeline(base, tmp_path):
+def test_without_text_encoders_the_transformer_alone_is_written(base, tmp_path):
     policy = trained(base)
     policy.drop_text_encoders()
-    with pytest.raises(UserError, match="text encoders of .* were dropped"):
-        export_merged(policy, tmp_path)
+    export_merged(policy, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
+    plain = load(base)
+    plain.transformer = type(plain.transformer).from_pretrained(tmp_path, subfolder="transformer")
+    expected = output(policy.pipeline.transformer, base)
+    torch.testing.assert_close(output(plain.transformer, base), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_merging_refuses_what_is_no_plain_lora(base):
@@ -321,8 +325,16 @@ def test_a_run_is_exported_with_card_config_and_sheet(base, tmp_path):
     facts = json.loads((run / "summary.json").read_text())["eval"]
     assert f"{facts['before']['shapes']['mean']:.3f} [" in text
     assert f"+{facts['paired']['shapes']['mean_diff']:.3f} [+" in text
-    for part in ("moving average", "recommended weight | 1.0", "kernel `flow` at noise level 0.7", "flowrl train config.yaml",
-                 "tiny-clip (held-out judge)", "Reward shapes-soft (version 1): Apache-2.0", "(commit abc)", "seed 7"):  # fmt: skip
+    for part in (
+        "moving average",
+        "recommended weight | 1.0",
+        "kernel `flow` at noise level 0.7",
+        "flowrl train config.yaml",
+        "tiny-clip (held-out judge)",
+        "Reward shapes-soft (version 1): Apache-2.0",
+        "(commit abc)",
+        "seed 7",
+    ):
         assert part in text, part
 
 
@@ -361,7 +373,7 @@ def test_export_from_a_checkpoint(tmp_path):
     (run / "config.yaml").write_text(resolved_yaml(config))
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         export(run, tmp_path / "out")
-    save_checkpoint(run / "checkpoints", 3, {f"policy/{k}": v for k, v in policy.named_states().items()}, {})
+    save_checkpoint(run / "checkpoints", 3, {f"weights/{k}": v for k, v in policy.named_states().items()}, {})
     export(run, tmp_path / "out", device="cpu")
     plain = load(base)
     plain.load_lora_weights(tmp_path / "out")

@@ -156,10 +156,10 @@ def test_plain_lines_are_thinned_but_first_last_and_alarms_stay(tmp_path):
     stream = io.StringIO()
     with RunLog(tmp_path, total=50, stream=stream, plain_every_s=3600) as log:
         for update in range(1, 51):
-            log.write(update, {}, alarms=["saturation rises"] if update == 20 else [])
+            log.write(update, {}, alarms=["update 20: saturation rises"] if update == 20 else [])
     assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
         "update 1/50",
-        "ALARM at update 20: saturation rises",
+        "ALARM: update 20: saturation rises",
         "update 50/50",
     ]
     assert (tmp_path / "run.log").read_text().count("update ") == 51

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from reward_models import checked_score, load
 from reward_models.clip_score import ClipScore, bundled_model
 
@@ -30,7 +31,9 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip")
     CLIPModel(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}))
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]})
+    )
     return path
 
 
@@ -57,7 +60,9 @@ def test_neither_batch_nor_order_matters(folder, images):
     whole = one.score(images, PROMPTS, [{}] * 4).values
     assert torch.allclose(chunked.score(images, PROMPTS, [{}] * 4).values, whole, atol=1e-6)
     order = torch.tensor([2, 0, 3, 1])
-    assert torch.allclose(one.score(images[order], [PROMPTS[i] for i in order], [{}] * 4).values, whole[order], atol=1e-6)
+    assert torch.allclose(
+        one.score(images[order], [PROMPTS[i] for i in order], [{}] * 4).values, whole[order], atol=1e-6
+    )
 
 
 def test_features_are_normalised_and_repeatable(folder, images):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from reward_models.geneval import (
     Detection,
     Options,
@@ -68,9 +69,7 @@ def test_position(found, correct, strict, soft, published):
     assert fixed.soft == pytest.approx(soft) and compat.soft == pytest.approx(published)
 
 
-@pytest.mark.parametrize(
-    ("n", "soft"), enumerate([0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, -1 / 3, -2 / 3])
-)
+@pytest.mark.parametrize(("n", "soft"), enumerate([0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, -1 / 3, -2 / 3]))
 def test_counting_three(n, soft):
     answer = judge([at("A", 20 * i) for i in range(n)], COUNTING, no_colours)
     assert answer.soft == pytest.approx(soft)
@@ -81,7 +80,9 @@ def test_counting_uses_its_own_threshold_by_tag_alone():
     sure, unsure = [at("A", 20 * i) for i in range(3)], [at("A", 90, score=0.9)]
     assert judge(sure + unsure, COUNTING, no_colours).correct  # 0.9 is not strictly greater than 0.9
     assert not judge(sure + unsure, COUNTING | {"tag": "two_object"}, no_colours).correct  # four now: excluded
-    assert not judge([at("A", 0, score=0.3)], {"tag": "colors", "include": [{"class": "A", "count": 1}]}, no_colours).correct
+    assert not judge(
+        [at("A", 0, score=0.3)], {"tag": "colors", "include": [{"class": "A", "count": 1}]}, no_colours
+    ).correct
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,13 @@ def test_counting_uses_its_own_threshold_by_tag_alone():
         ([at("A", 0), at("B", 50)], {"x0": "red", "x50": "red"}, False, False, 0.75),  # one wrong
         ([at("A", 0)], {"x0": "red"}, False, False, 0.5),  # the second object is missing
         # one extra first object
-        ([at("A", 0, score=0.99), at("A", 20), at("B", 50)], {"x0": "red", "x20": "red", "x50": "blue"}, True, False, 0.5),
+        (
+            [at("A", 0, score=0.99), at("A", 20), at("B", 50)],
+            {"x0": "red", "x20": "red", "x50": "blue"},
+            True,
+            False,
+            0.5,
+        ),
     ],
 )
 def test_colour_attribution(found, colours, correct, strict, soft):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from reward_models.image_stats import dark_fraction, image_statistics, in_group_diversity, saturation, sharpness
 
 

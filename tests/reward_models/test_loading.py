@@ -6,11 +6,13 @@ import textwrap
 
 import pytest
 import torch
+
 from reward_models import RewardError, checked_score, load, names
 
 IMAGES, PROMPTS = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), ["a photo of a circle"] * 4
 
 USER = """
+from __future__ import annotations
 import torch
 from reward_models import RewardResult, RewardSpec
 
@@ -37,9 +39,19 @@ class Whole:
     def score(self, images, prompts, metadata, groups=None):
         return RewardResult(torch.ones(len(images)))
 
+from dataclasses import dataclass
+
+@dataclass
+class Darkness:
+    power: float = 1.0
+    def score(self, images, prompts, metadata):
+        return (1 - images.mean((1, 2, 3))) ** self.power
+
+darkness = Darkness()
+
 class Broken:
     def __init__(self):
-        raise OSError("no weights")
+        raise ValueError("no weights")
 
 number = 3
 """
@@ -89,6 +101,8 @@ def test_functions_and_classes_of_the_user(user):
     assert torch.allclose(score("my_rewards:Redness", weight=3.0).values, 3 * grid[:, 0].mean((1, 2)))
     assert load("my_rewards:Redness", "meta").function.__self__.device == "meta"
     assert load("my_rewards:Whole").spec.licence == "mine" and score("my_rewards:Whole").values.tolist() == [1] * 4
+    assert torch.allclose(score("my_rewards.py:Darkness", power=2).values, (1 - mean) ** 2)
+    assert torch.allclose(score("my_rewards:darkness").values, 1 - mean)
     assert load("my_rewards:brightness").spec.name == "my_rewards:brightness"
     both = score({"my_rewards:brightness": {"weight": 2, "scale": 10.0}, "my_rewards:grouped": 1.0})
     assert torch.allclose(both.values, 20 * mean + torch.tensor([0.0, 0, 1, 1]))
@@ -103,7 +117,7 @@ def test_functions_and_classes_of_the_user(user):
         ("absent.py:f", ValueError, "no file"),
         ("my_rewards:number", ValueError, "neither a function nor a class"),
         ("my_rewards:two", ValueError, r"expected \(images, prompts, metadata\)"),
-        ("my_rewards:Broken", RewardError, "OSError while it was built: no weights"),
+        ("my_rewards:Broken", RewardError, "ValueError while it was built: no weights"),
         ("half_written:f", RewardError, "SyntaxError"),
         ("needy:f", RewardError, "'no_such_library', which is not installed"),
     ],
@@ -118,6 +132,8 @@ def test_a_function_that_raises_is_named(user):
         score({"my_rewards:raises": 1.0})
     with pytest.raises(ValueError, match="scale_"):
         load("my_rewards:Redness", scale_=1)
+    with pytest.raises(ValueError, match="scale_"):
+        load({"my_rewards:brightness": {"weight": 1, "scale_": 2}})
 
 
 @pytest.mark.parametrize("entry", ["1.0", None, True, {"scale": 2}, {"weight": "high"}])
@@ -127,5 +143,7 @@ def test_a_weight_must_be_a_number(entry):
 
 
 def test_importing_is_cheap():
-    code = "import sys, reward_models; print([m for m in ('transformers', 'diffusers', 'flowrl', 'samplers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    heavy = "('transformers', 'diffusers', 'scipy', 'flowrl', 'samplers')"
+    code = f"import sys, reward_models; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from reward_models import RewardError, RewardResult, RewardSpec, checked_score
 from reward_models.mixture import WeightedSum
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from reward_models import RewardError, RewardResult, RewardSpec, checked_score, to_8bit
 from reward_models.protocol import as_result
 

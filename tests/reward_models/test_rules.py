@@ -1,9 +1,10 @@
-"""JPEG sizes against values measured with the published code (libjpeg-turbo 3.2.0; other versions differ by a few bytes)."""
+"""JPEG sizes against values measured with the published code (libjpeg-turbo 3.2.0; others differ by a few bytes)."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import features
+
 from reward_models.rules import JpegReward
 
 GREY = np.full((512, 512, 3), 128)

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from reward_models.geneval import relations
 from reward_models.shapes import grammar, render
 
@@ -68,7 +69,9 @@ def test_scenes_hold_exactly_what_was_asked_for(seed):
     for metadata in grammar.prompts("test", per_task=8):
         scene = render.sample_scene(metadata, rng)
         wanted = [(c["class"], c.get("color")) for c in metadata["include"] for _ in range(c["count"])]
-        assert [(s.name, s.colour if colour else None) for s, (_, colour) in zip(scene.shapes, wanted, strict=True)] == wanted
+        assert [
+            (s.name, s.colour if colour else None) for s, (_, colour) in zip(scene.shapes, wanted, strict=True)
+        ] == wanted
         boxes = []
         for shape in scene.shapes:
             ys, xs = render.mask(shape).nonzero()

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from reward_models import checked_score, load
 from reward_models.shapes import grammar, render
 from reward_models.shapes.reward import ShapesReward
@@ -34,7 +35,9 @@ def test_scenes_of_their_prompts_are_right_and_of_others_mostly_wrong():
         assert result.parts[kind].mean() >= 0.98
     assert torch.equal(checked_score(load("shapes-soft"), images, prompts).values, result.parts["shapes-soft"])
     shuffled = checked_score(load("shapes"), images.roll(31, 0), prompts, metadata)
-    assert shuffled.values.mean() < 0.1 and all(r for r, v in zip(shuffled.reasons, shuffled.values, strict=True) if v == 0)
+    assert shuffled.values.mean() < 0.1 and all(
+        r for r, v in zip(shuffled.reasons, shuffled.values, strict=True) if v == 0
+    )
 
 
 def test_two_objects_by_hand():

@@ -337,3 +337,19 @@ def test_bad_input():
         arguments = dict(predict=predict, plan=plan, keys=keys(3), latent_shape=SHAPE) | change
         with pytest.raises(ValueError, match=message):
             rollout(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_samples_what_the_cpu_samples():
+    def predict(x, s, index):
+        return torch.tanh(x) * s.view(-1, 1, 1, 1)
+
+    plan = TREES["binary"]
+    cpu = rollout(predict, plan, keys(5), latent_shape=SHAPE)
+    gpu = rollout(predict, plan, keys(5), latent_shape=SHAPE, device="cuda")
+    torch.testing.assert_close(gpu.leaves.cpu(), cpu.leaves, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gpu.edges.log_prob.cpu(), cpu.edges.log_prob, rtol=0, atol=1e-4)
+    for call in gpu.replay_chunks():
+        edges, _, log_prob = gpu.log_prob(predict(call.x, call.s, call.index)[call.rows], call.states)
+        torch.testing.assert_close(log_prob, gpu.edges.log_prob[edges.cuda()], rtol=0, atol=1e-5)

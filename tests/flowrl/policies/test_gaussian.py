@@ -169,7 +169,9 @@ def test_the_optimum_is_where_the_policy_gradient_vanishes(group_size):
         policy.bias.copy_(optimum.bias)
     assert z(gradients(policy, chain, trained, group_size, 0.2, 60, 7), 0.0) < 4.5
     # not for want of power: at the start, and with the factor 1 - 1/K left out, it does not vanish
-    wrong = chain.optimum(TARGET, 1.0, 0.2, trained) if group_size == 2 else chain.optimum(TARGET, 1.0, 0.2, [0, 1, 2, 3])
+    wrong = (
+        chain.optimum(TARGET, 1.0, 0.2, trained) if group_size == 2 else chain.optimum(TARGET, 1.0, 0.2, [0, 1, 2, 3])
+    )
     with torch.no_grad():
         policy.weight.copy_(wrong.weight * torch.eye(2))
         policy.bias.copy_(wrong.bias)

@@ -201,6 +201,8 @@ def test_start_from_a_diffusers_lora(saved_lora, make, batch, as_file):
     assert policy.trainable() and all(p.requires_grad for _, p in policy.trainable())
     frozen = make(name, train="none", lora=LoraSettings(source=str(source)))
     assert torch.equal(velocity(frozen, batch), expected) and not frozen.trainable()
+    velocity(frozen, batch, "reference")
+    assert not any(p.requires_grad for p in frozen.pipeline.transformer.parameters())
 
 
 def test_start_from_a_peft_folder(saved_lora, make, batch, tmp_path):
@@ -208,10 +210,33 @@ def test_start_from_a_peft_folder(saved_lora, make, batch, tmp_path):
     state = load_file(folder / "pytorch_lora_weights.safetensors")
     peft = tmp_path / "peft"
     peft.mkdir()
-    save_file({k.replace("transformer.", "base_model.model.", 1): v for k, v in state.items()}, peft / "adapter_model.safetensors")
+    save_file(
+        {k.replace("transformer.", "base_model.model.", 1): v for k, v in state.items()},
+        peft / "adapter_model.safetensors",
+    )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": list(policy.backbone.lora_targets)}
     (peft / "adapter_config.json").write_text(json.dumps(config))
     assert torch.equal(velocity(make(name, lora=LoraSettings(source=str(peft))), batch), expected)
+
+
+def test_start_from_a_flux_lora_with_alphas(make, batch, tmp_path):
+    """kohya's layout: keys with underscores, lora_down/lora_up and an alpha tensor per layer; scale alpha / rank."""
+    lora = LoraSettings(rank=2, alpha=1, targets=("ff.net.2", "attn.to_out.0"))
+    policy = make("flux", lora=lora)
+    stir(policy)
+    names = {"ff.net.2": "img_mlp_2", "attn.to_out.0": "img_attn_proj"}
+    state = {}
+    for key, value in policy.trainable():
+        layer, _, half = key.removeprefix("transformer_blocks.0.").partition(".lora_")
+        if layer not in names or not key.startswith("transformer_blocks.0"):
+            continue
+        kohya = f"lora_unet_double_blocks_0_{names[layer]}"
+        state[f"{kohya}.lora_{'down' if half[0] == 'A' else 'up'}.weight"] = value.detach().clone()
+        state[f"{kohya}.alpha"] = torch.tensor(1.0)
+    save_file(state, tmp_path / "kohya.safetensors")
+    loaded = make("flux", lora=LoraSettings(source=str(tmp_path / "kohya.safetensors")))
+    torch.testing.assert_close(velocity(loaded, batch), velocity(policy, batch), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(velocity(loaded, batch), velocity(loaded, batch, "reference"), atol=1e-3)
 
 
 def test_unusable_lora_files(saved_lora, make, tmp_path):
@@ -222,6 +247,9 @@ def test_unusable_lora_files(saved_lora, make, tmp_path):
         save_file(tensors, tmp_path / "bad.safetensors")
         make(name, lora=LoraSettings(source=str(tmp_path / "bad.safetensors")))
 
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="0 safetensors files in it"):
+        make(name, lora=LoraSettings(source=str(tmp_path / "empty")))
     with pytest.raises(UserError, match="does not exist.*hub id"):
         make(name, lora=LoraSettings(source=str(tmp_path / "none.safetensors")))
     with pytest.raises(UserError, match="holds no layer of a transformer"):
@@ -251,6 +279,13 @@ def test_full_fine_tuning_keeps_a_frozen_copy_and_says_so(make, batch, caplog):
     assert {key.split("/")[0] for key in policy.named_states()} == {"current"}
     policy.copy_weights("current", "reference")  # a reference that moved must be saved
     assert {key.split("/")[0] for key in policy.named_states()} == {"current", "reference"}
+
+
+def test_full_fine_tuning_without_a_reference(make):
+    policy = make("sd3", train="full", reference=False)
+    assert policy.memory().keys() == {"transformer", "vae", "text_encoders", "trainable"}
+    with pytest.raises(UserError, match="'reference'"), policy.weights("reference"):
+        pass
 
 
 @pytest.mark.parametrize(("name", "train"), [("sd3", "lora"), ("sd3", "full"), ("flux", "lora")])
