@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flowrl.distributed import World
 from flowrl.errors import UserError
-from flowrl.evaluate import Scorers, evaluate
+from flowrl.evaluate import Judge, Scorers, evaluate
 from flowrl.policies import Policy
 from flowrl.prompts import load_prompts
 from flowrl.rewards import load_reward
@@ -46,7 +46,7 @@ def run(
     prompts = load_prompts(f"shapes:{split}", tasks=tasks, limit=limit)
     scorers = Scorers(
         load_reward({"shapes": 1.0, "shapes-strict": 1.0}),
-        None if judge is None else load_reward(judge, policy.device),
+        None if judge is None else cast(Judge, load_reward(judge, policy.device)),
     )
     folder.mkdir(parents=True, exist_ok=True)
     world = world or World(0, 1, policy.device)

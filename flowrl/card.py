@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flowrl import environment, summary
-from flowrl.report import number, signed
+from flowrl.report import model_name, number, signed, verdict
 
 # Licences of base models by the start of their hub id.
 LICENCES = {
@@ -31,12 +31,13 @@ def write_card(
     facts_file = run / summary.FILE
     facts = json.loads(facts_file.read_text(encoding="utf-8")) if facts_file.exists() else {}
     found = environment.read_environment(run)
-    base = config["policy"]["path"]
+    base, known = model_name(config["policy"]["path"])
     licence = next((terms for start, terms in LICENCES.items() if base.startswith(start)), None)
     before, after = summary.read_rows(run, "before"), summary.read_rows(run, "after")
     content = {
-        "header": _header(base, licence, merged),
+        "header": _header(base if known else None, licence, merged),
         "base": base,
+        "load": base if known else f"PATH/TO/{base}",
         "licence": licence,
         "merged": merged,
         "whole": (Path(out) / "model_index.json").exists(),
@@ -63,18 +64,18 @@ def write_card(
     return path
 
 
-def _header(base: str, licence: str | None, merged: bool) -> str:
+def _header(base: str | None, licence: str | None, merged: bool) -> str:
     """The YAML block that model hubs read."""
     header: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "diffusers", "flowrl", *([] if merged else ["lora", "template:sd-lora"])],
     }
-    if base.count("/") == 1 and not base.startswith((".", "~", "/")):  # a hub id; folders mean nothing to others
+    if base and "/" in base:
         header["base_model"] = base
-    header |= (
-        {"license": licence} if licence == "apache-2.0" else {"license": "other", "license_name": licence or "see text"}
-    )
+    header["license"] = "apache-2.0" if licence == "apache-2.0" else "other"
+    if licence not in (None, "apache-2.0"):
+        header["license_name"] = licence
     return yaml.safe_dump(header, sort_keys=False).strip()
 
 
@@ -112,7 +113,7 @@ def _flat_tasks(before: list[summary.EvalRow], after: list[summary.EvalRow]) -> 
     for tag in dict.fromkeys(row.get("tag") for row in before):
         if tag:
             gain = summary.paired([r for r in before if r["tag"] == tag], after, "scores", score)
-            if not (gain.mean > 0 and gain.excludes(0)):
+            if verdict(gain) != "better":
                 flat.append(tag)
     return flat
 

@@ -67,7 +67,7 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], *, smooth_over: int = 40) -> Markup:
-    """Curves over updates; long ones are drawn faintly with their running mean on top."""
+    """Curves over updates; long ones are drawn faintly with a smoothed line on top."""
     with _figure(3.4, 1.75) as figure:
         axes = figure.add_subplot()
         for colour, curve in zip(_cycled(len(series)), series, strict=True):
@@ -75,13 +75,12 @@ def line_chart(series: Sequence[Series], *, smooth_over: int = 40) -> Markup:
             if curve.spread is not None:
                 spread = np.asarray(curve.spread, dtype=float)
                 axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.14, linewidth=0)
-            window = len(y) // 12
             smooth = len(y) >= smooth_over
             marker = "o" if np.count_nonzero(np.isfinite(y)) < 8 else None
             axes.plot(x, y, color=colour, linewidth=0.7 if smooth else 1.3, alpha=0.4 if smooth else 1, marker=marker,
                       markersize=3, label=None if smooth else curve.name)  # fmt: skip
             if smooth:
-                axes.plot(x, _running_mean(y, window), color=colour, linewidth=1.6, label=curve.name)
+                axes.plot(x, _smoothed(y, len(y) // 12), color=colour, linewidth=1.6, label=curve.name)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(_ticks(6, integer=True))
@@ -127,7 +126,7 @@ def _horizontal(axes: Axes, labels: Sequence[str]) -> None:
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.xaxis.set_major_locator(_ticks(6))
+    axes.xaxis.set_major_locator(_ticks(4))
     for text in axes.get_yticklabels():
         text.set_color(INK)
 
@@ -142,15 +141,19 @@ def _cycled(count: int) -> Iterator[str]:
     return (CYCLE[index % len(CYCLE)] for index in range(count))
 
 
-def _running_mean(y: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` points on either side, NaN left out; towards the ends over fewer, but as many on both sides,
-    so that a straight line stays one."""
+def _smoothed(y: np.ndarray, reach: int) -> np.ndarray:
+    """At each point the straight line fitted to `reach` points on either side, NaN left out.
+
+    In the middle that is the running mean; towards the ends, where one side is short, the mean would lag behind.
+    """
     out = np.full(len(y), np.nan)
     for i in range(len(y)):
-        reach = min(window, i, len(y) - 1 - i)
-        part = y[i - reach : i + reach + 1]
-        if np.isfinite(part).any():
-            out[i] = np.nanmean(part)
+        at = np.arange(max(0, i - reach), min(len(y), i + reach + 1))
+        at = at[np.isfinite(y[at])]
+        if len(at):
+            x, values = at - at.mean(), y[at]
+            slope = (x @ values) / (x @ x) if len(at) > 1 else 0.0
+            out[i] = values.mean() + slope * (i - at.mean())
     return out
 
 

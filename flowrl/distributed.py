@@ -94,7 +94,7 @@ class World:
         if self.size == 1:
             return
         total = torch.cat([parameter.grad.flatten() for parameter in parameters])
-        dist.all_reduce(total)  # not gather: all gradients of all processes would not fit where a whole model is trained
+        dist.all_reduce(total)  # not `sum`: nobody could hold all processes' gradients of a whole model
         for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
             parameter.grad.copy_(part.view_as(parameter))
 

@@ -49,8 +49,9 @@ def evaluate(
     pictures: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[EvalRow]:
-    """Draw `settings.images_per_prompt` images of each prompt and score them; all rows, on every process.
+    """Draw `settings.images_per_prompt` images of each prompt and score them.
 
+    Returns the rows of all prompts on every process that had one (the first always has).
     pictures: folder for PNGs (named by prompt and seed number), or None for none.
     """
     numbers = split(range(len(prompts)), world.rank, world.size)
@@ -59,7 +60,9 @@ def evaluate(
     table: list[Tensor] = []
     waiting: list[tuple[int, Tensor]] = []
     done = 0
-    for at, images in generate(policy, [prompt.text for prompt in mine], settings, purpose="eval"):
+    texts = [prompt.text for prompt in prompts]
+    first = numbers[0] if numbers else 0
+    for at, images in generate(policy, [prompt.text for prompt in mine], settings, "eval", before=texts[:first]):
         waiting.append((at, images))
         if pictures is not None:
             kept = images if max(images.shape[-2:]) <= SMALL else images[:1]
@@ -73,10 +76,11 @@ def evaluate(
             waiting = []
             if on_progress is not None:
                 on_progress(done, len(mine))
-    names = names or list(_measure([], mine, scorers))
     k = settings.images_per_prompt
-    values = torch.cat(table) if table else torch.zeros(0, k, len(names))
-    everything = world.gather(values.double())
+    columns = int(world.max(torch.tensor([len(names or ())])))
+    everything = world.gather(torch.cat(table).double() if table else torch.zeros(0, k, columns).double())
+    if names is None:
+        return []
     side = max(settings.height or policy.resolution, settings.width or policy.resolution)
     return [
         _row(number, seed, prompt, names, everything[number, seed].tolist(), pictures, side)
@@ -89,7 +93,7 @@ def _measure(
     waiting: Sequence[tuple[int, Tensor]], prompts: Sequence[Prompt], scorers: Scorers
 ) -> dict[tuple[str, str], Tensor]:
     """(kind, name) -> (n,) of the images of some prompts."""
-    images = torch.cat([part for _, part in waiting]) if waiting else torch.zeros(0, 3, 8, 8)
+    images = torch.cat([part for _, part in waiting])
     at = [number for number, part in waiting for _ in part]
     texts, metadata = [prompts[i].text for i in at], [prompts[i].metadata for i in at]
     groups = torch.tensor(at, dtype=torch.long)

@@ -31,6 +31,7 @@ from flowrl.statistics import Estimate
 from flowrl.summary import EvalRow
 
 PAIRS = 12  # prompts shown as before/after pairs
+FEW = 6  # with fewer prompts no gain is called better or worse
 CHANGED = 6  # prompts shown as most improved, and as many as most worsened
 THUMBNAIL = 224  # larger pictures are reduced to this many pixels
 
@@ -132,7 +133,7 @@ def _content(folder: Path) -> dict[str, Any]:
     return {
         "run": folder.resolve().name,
         "method": config.get("method", ""),
-        "policy": (config.get("policy") or {}).get("path", ""),
+        "policy": model_name((config.get("policy") or {}).get("path", ""))[0],
         "updates": updates,
         "planned": config.get("updates"),
         "compared": bool(after),
@@ -177,14 +178,17 @@ def _headline(stages: Mapping[str, Sequence[EvalRow]], kind: str, name: str) -> 
         "name": name,
         "stages": [(titles[stage], estimate) for stage, estimate in measured.items()],
         "gain": gain,
-        "verdict": _verdict(gain),
+        "verdict": verdict(gain),
         "chart": charts.interval_chart([(titles[s], e, colours[s]) for s, e in measured.items()]),
     }
 
 
-def _verdict(gain: Estimate | None) -> str:
-    if gain is None or not math.isfinite(gain.low):
+def verdict(gain: Estimate | None) -> str:
+    """What may be said about a paired gain."""
+    if gain is None or not math.isfinite(gain.mean):
         return ""
+    if gain.prompts < FEW:
+        return "too few prompts to tell"
     if gain.excludes(0):
         return "better" if gain.mean > 0 else "worse"
     return "no significant difference"
@@ -212,7 +216,7 @@ def _tasks(before: Sequence[EvalRow], after: Sequence[EvalRow], name: str) -> di
         gain = summary.paired(old, new, "scores", name) if old and new else None
         measured = summary.headline(new, "scores", name) if new else None
         prompts = len(summary.by_prompt(old or new))
-        rows.append(TaskRow(tag, prompts, summary.headline(old, "scores", name), measured, gain, _verdict(gain)))
+        rows.append(TaskRow(tag, prompts, summary.headline(old, "scores", name), measured, gain, verdict(gain)))
     chart = charts.task_chart([(row.name, row.before, row.after) for row in rows])
     return {"rows": rows, "flat": [row.name for row in rows if row.verdict != "better"], "chart": chart}
 
@@ -357,20 +361,32 @@ def _float(value: Any) -> float:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for people: `digits` after the point, thin spaces in large whole numbers, a dash for NaN."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    """A number for people: `digits` after the point, or as many in all where that would leave next to nothing.
+
+    Large whole numbers get thin spaces, NaN and None a dash, negative numbers a true minus.
+    """
+    if value is None or not math.isfinite(value):
         return "–"
     if isinstance(value, int) or value == int(value) and abs(value) >= 1000:
-        return f"{int(value):,}".replace(",", "\u202f")
-    return f"{value:.{digits}f}"
+        text = f"{int(value):,}".replace(",", "\u202f")
+    elif value and abs(value) < 10 ** (1 - digits):
+        text = f"{value:.{digits}g}"
+    else:
+        text = f"{value:.{digits}f}"
+    return text.replace("-", "−")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """As `number`, with its sign (a true minus)."""
+    """As `number`, with its sign."""
     text = number(value, digits)
-    if text == "–":
-        return text
-    return text.replace("-", "−") if text.startswith("-") else "+" + text
+    return text if text[0] in "–−" else "+" + text
+
+
+def model_name(path: str) -> tuple[str, bool]:
+    """(name, whether others can find it): hub ids and bundled models keep theirs, a folder gives its last part only."""
+    if path.startswith("tiny-") or path.count("/") == 1 and not path.startswith((".", "~", "/")):
+        return path, True
+    return Path(path).name, False
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from torch import Tensor
 
 from flowrl import evaluate as evaluation
 from flowrl import samples
 from flowrl.checkpoint import load_latest, save_checkpoint, writer_lock
-from flowrl.config import Config, resolved_yaml
+from flowrl.config import Config, parse_yaml, read_yaml, resolved_yaml
 from flowrl.distributed import World
 from flowrl.environment import write_environment
 from flowrl.errors import UserError
-from flowrl.guards import Change, Limits, StopSignals, find_alarms
+from flowrl.guards import Change, StopSignals, find_alarms
 from flowrl.policies import Policy
 from flowrl.prompts import Prompt, load_prompts, prompt_batch
 from flowrl.runlog import RunLog
+from flowrl.schema import EvalConfig
 from flowrl.state import State
 from flowrl.summary import ROW_FILES, EvalRow, build_summary, headline, names, paired, read_rows, write_summary
+from flowrl.update import with_halving
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 # What may differ when a run is resumed: nothing that a number of its metrics depends on.
@@ -52,9 +54,10 @@ class Run:
     resumed: bool
     chunk: int
     micro_batch: int
+    stop: StopSignals
     log: RunLog | None = None
     started: float = field(default_factory=time.monotonic)
-    committed: bool = False  # an optimizer step of the current update was taken
+    committed: bool = False  # the weights have left the last boundary that can be saved
     snapshot: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     # ---- opening
@@ -66,15 +69,17 @@ class Run:
 
         Raises UserError when it holds another run, holds this one and `resume` is not set, or has nothing to resume.
         """
-        folder = Path(config.output_dir)
+        folder, problem = Path(config.output_dir), None
         with ExitStack() as stack:
             if world.main:
-                _check_folder(config, folder, resume)
-                stack.enter_context(writer_lock(folder / CHECKPOINTS))
-                (folder / CONFIG).write_text(resolved_yaml(config), encoding="utf-8")
-                write_environment(folder, str(world.device), world.size)
-            world.barrier()
-            run = Run(config, folder, world, resume, config.rollout.chunk, config.optimizer.micro_batch)
+                try:
+                    _claim(config, folder, resume, stack)
+                    write_environment(folder, str(world.device), world.size)
+                except UserError as error:
+                    problem = error
+            world.agree(problem)
+            stop = stack.enter_context(StopSignals())
+            run = Run(config, folder, world, resume, config.rollout.chunk, config.optimizer.micro_batch, stop)
             try:
                 yield run
             finally:
@@ -83,7 +88,9 @@ class Run:
 
     def load(self, state: State, policy: Policy) -> None:
         """Bring state and policy to the newest checkpoint, if there is one, and open the log there."""
-        found = load_latest(self.folder / CHECKPOINTS) if self.resumed else None
+        with warnings.catch_warnings(record=True) as told:  # of damaged checkpoints, of another thread count
+            warnings.simplefilter("always")
+            found = load_latest(self.folder / CHECKPOINTS) if self.resumed else None
         if found is not None:
             state.unpack(policy, found.tensors, found.state)
             state.wall_s = found.state["wall_s"]
@@ -96,8 +103,10 @@ class Run:
             config=self.config.model_dump(mode="json", by_alias=True),
             active=self.world.main,
         )
+        for warning in told:
+            self.note(f"WARNING: {warning.message}")
         if self.resumed:
-            self.note(f"resumed after update {found.step}" if found else "nothing was saved yet: starting from the base")
+            self.note(f"resumed after update {found.step}" if found else "nothing was saved yet, this is the start")
 
     def note(self, text: str) -> None:
         """One line for a person."""
@@ -106,7 +115,7 @@ class Run:
 
     def encode_once(self, policy: Policy, prompts: list[Prompt]) -> None:
         """Fill the embedding cache with every prompt the run will use, then drop the text encoders."""
-        if not self.config.policy.embedding_cache or not hasattr(policy, "drop_text_encoders"):
+        if getattr(policy, "cache_dir", None) is None:
             return
         places = range(self.config.updates)
         n, per_update, seed = len(prompts), self.config.prompts_per_update, self.config.seed
@@ -114,6 +123,7 @@ class Run:
         texts = [prompts[i].text for i in used] + [prompt.text for prompt in self.eval_prompts()]
         mine = list(dict.fromkeys(texts))[self.world.rank :: self.world.size]
         for start in range(0, len(mine), 64):
+            self.check()
             policy.encode(mine[start : start + 64])
             if self.log is not None:
                 self.log.stage("encoding prompts", min(start + 64, len(mine)), len(mine))
@@ -136,19 +146,18 @@ class Run:
             return []
         if (self.folder / ROW_FILES[stage]).exists() and stage != "after":
             return read_rows(self.folder, stage)
-        settings = evaluation.settings_of(e, self.config.seed, self.config.rollout.chunk)
         if stage == "before_guided":
             if e.baseline_guidance is None:
                 return []
-            settings = evaluation.settings_of(
-                e.model_copy(update={"guidance": e.baseline_guidance}), self.config.seed, settings.chunk
-            )
-        pictures = self.folder / "samples" / stage
+            e = e.model_copy(update={"guidance": e.baseline_guidance})
+
+        def progress(done: int, total: int) -> None:
+            if self.log is not None:
+                self.log.stage(f"evaluating ({stage})", done, total)
+            self.check()
+
         with self._trained(policy) if stage == "after" else nullcontext():
-            rows = evaluation.evaluate(
-                policy, self.eval_prompts(), settings, scorers, world=self.world, pictures=pictures,
-                on_progress=lambda done, total: self.log.stage(f"evaluating ({stage})", done, total) if self.log else None,
-            )  # fmt: skip
+            rows = self._draw(policy, scorers, e, pictures=self.folder / "samples" / stage, on_progress=progress)
         if self.world.main:
             evaluation.write_rows(self.folder, stage, rows)
             self.note(f"{stage.replace('_', ', ')}: {_spoken(rows)}")
@@ -159,10 +168,19 @@ class Run:
         """Means of an evaluation during training, for the log."""
         if self.config.eval is None or scorers is None:
             return {}
-        settings = evaluation.settings_of(self.config.eval, self.config.seed, self.config.rollout.chunk)
         with self._trained(policy):
-            rows = evaluation.evaluate(policy, self.eval_prompts(), settings, scorers, world=self.world)
-        return evaluation.means(rows)
+            return evaluation.means(self._draw(policy, scorers, self.config.eval))
+
+    def _draw(
+        self, policy: Policy, scorers: evaluation.Scorers, section: EvalConfig, **options: Any
+    ) -> list[EvalRow]:  # fmt: skip
+        """Rows of an evaluation with these settings, in smaller model calls if memory runs out."""
+
+        def rows(chunk: int) -> list[EvalRow]:
+            settings = evaluation.settings_of(section, self.config.seed, chunk)
+            return evaluation.evaluate(policy, self.eval_prompts(), settings, scorers, world=self.world, **options)
+
+        return with_halving(rows, self.chunk, "the evaluation", self.note)[0]
 
     def _trained(self, policy: Policy) -> Any:
         """The weights that are evaluated and exported: the moving average where there is one."""
@@ -186,15 +204,19 @@ class Run:
             tensors, counters = state.pack(policy)
             self.snapshot = {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters
 
-    def check(self, stop: StopSignals) -> None:
-        """Raise Stopped if a signal came and the weights are still those of the last boundary."""
-        if stop.requested and not self.committed and self.world.size == 1:
-            raise Stopped(stop.exit_code, "")
+    def check(self) -> None:
+        """Raise Stopped if a signal came and the weights are still those of the last boundary.
+
+        Several processes stop together, between two updates.
+        """
+        if self.stop.requested and not self.committed and self.world.size == 1:
+            raise self.stopped()
 
     def save(self, state: State, policy: Policy) -> None:
         """Write a checkpoint of the boundary that `state` is at."""
         if self.world.main:
             self._write(*state.pack(policy), state)
+        self.committed = False
         self.world.barrier()
 
     def save_last_good(self, state: State, policy: Policy) -> None:
@@ -215,12 +237,9 @@ class Run:
             self.folder / CHECKPOINTS, state.update, tensors, {**counters, "wall_s": wall}, self.config.checkpoint.keep
         )
 
-    def stopped(self, stop: StopSignals, state: State) -> Stopped:
+    def stopped(self) -> Stopped:
         """The exception that ends a run after a signal."""
-        return Stopped(
-            stop.exit_code,
-            f"stopped by a signal after update {state.update}, everything is saved; continue with --resume",
-        )
+        return Stopped(self.stop.exit_code, "stopped by a signal, everything is saved; continue with --resume")
 
     # ---- the end
 
@@ -230,8 +249,7 @@ class Run:
             self.world.barrier()
             return {}
         before, after = (read_rows(self.folder, stage) for stage in ("before", "after"))
-        a = self.config.alarms
-        found = find_alarms(_changes(before, after), Limits(a.window, a.judge_drop, a.diversity_drop, a.statistic_change))
+        found = find_alarms(_changes(before, after), state.alarms.limits)
         alarms = [*state.alarms.raised, *(f"after training: {text}" for text in found.values())]
         for text in found.values():
             self.note(f"ALARM after training: {text}")
@@ -264,17 +282,32 @@ class Run:
         return summary
 
 
+def _claim(config: Config, folder: Path, resume: bool, stack: ExitStack) -> None:
+    """Check the folder, lock it for this process until the stack ends, and write the config."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_folder(config, folder, resume)
+        stack.enter_context(writer_lock(folder / CHECKPOINTS))
+        part = folder / f"{CONFIG}.part"  # renamed, so that a kill leaves the old file or the new one
+        part.write_text(resolved_yaml(config), encoding="utf-8")
+        os.replace(part, folder / CONFIG)
+    except OSError as error:
+        raise UserError(
+            f"cannot use output_dir {folder}: {error.strerror}; expected a folder that can be written; name another"
+        ) from error
+
+
 def _check_folder(config: Config, folder: Path, resume: bool) -> None:
     path = folder / CONFIG
     if not path.exists():
         if resume:
             raise UserError(
-                f"got --resume, but {folder} holds no run; expected one with {CONFIG}; check output_dir, or leave out --resume"
+                f"got --resume, but {folder} holds no run; expected one with {CONFIG}; check output_dir, or leave out "
+                "--resume"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         return
-    old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    new = yaml.safe_load(resolved_yaml(config))
+    old = read_yaml(path)
+    new = parse_yaml(resolved_yaml(config), CONFIG)
     different = sorted(k for k in {*old, *new} - {*FREE_ON_RESUME} if old.get(k) != new.get(k))
     if not resume or different:
         what = f"a different run (its {', '.join(different)} differ)" if different else "this run already"

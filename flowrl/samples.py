@@ -37,7 +37,8 @@ def draw(policy: Policy, prompts: Sequence[Prompt], config: Config, folder: Path
     """Write `samples/update_<number>.png` and return its path."""
     assert config.eval is not None
     chosen = spread(prompts, config.logging.sample_prompts)
-    settings = settings_of(config.eval.model_copy(update={"images_per_prompt": SEEDS}), config.seed, config.rollout.chunk)
+    section = config.eval.model_copy(update={"images_per_prompt": SEEDS})
+    settings = settings_of(section, config.seed, config.rollout.chunk)
     texts = [prompt.text for prompt in chosen]
     rows = [list(images) for _, images in generate(policy, texts, settings, purpose="eval")]
     path = folder / "samples" / f"update_{update:06d}.png"

@@ -32,15 +32,19 @@ class SampleSettings:
 
 @torch.no_grad()
 def generate(
-    policy: Policy, prompts: Sequence[str], settings: SampleSettings, purpose: str = "sample"
+    policy: Policy,
+    prompts: Sequence[str],
+    settings: SampleSettings,
+    purpose: str = "sample",
+    before: Sequence[str] = (),
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (prompt number, images (K, 3, H, W) in [0, 1] on the 8-bit grid) for each prompt, in order.
 
     An image is a function of (seed, purpose, prompt text, how often the text came before, image number) and of the
-    settings, whatever the batch it is drawn in.
+    settings, whatever the batch it is drawn in. before: prompts that other processes draw, ahead of these.
     """
     k = settings.images_per_prompt
-    seen: Counter[str] = Counter()
+    seen = Counter(before)
     size = (settings.height, settings.width)
     plan = samplers.plans.straight(policy.sigmas(settings.steps, *size), kernel="ode", level=0.0)
     for numbers in _in_batches(len(prompts), max(1, settings.chunk // k)):

@@ -73,7 +73,7 @@ class PromptConfig(Section):
 
 
 class Window(Section):
-    size: Positive = Field(2, description="number of consecutive steps with noise, drawn anew for each group")
+    size: Positive = Field(2, description="number of consecutive steps with noise, drawn anew for each update")
     low: Count = Field(0, description="first step at which the window may start")
     high: Positive | None = Field(None, description="the window ends before this step; null: half of the steps")
 
@@ -213,7 +213,7 @@ class SelfCheck(Section):
 
 
 class Alarms(Section):
-    window: Positive = Field(10, description="updates averaged at each end when a trend is judged")
+    window: Annotated[int, Field(ge=2)] = Field(10, description="updates averaged at each end when a trend is judged")
     judge_drop: float = Field(2.0, gt=0.0, description="fall of the judge, in standard errors, while the reward rises")
     diversity_drop: float = Field(0.3, gt=0.0, description="relative fall of in-group diversity while the reward rises")
     statistic_change: float = Field(

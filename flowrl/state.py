@@ -1,4 +1,4 @@
-"""What changes while a run trains, apart from the policy's weights, and how it is saved: optimizer, averages, counters."""
+"""What changes while a run trains, beside the policy's weights, and how it is saved: optimizer, averages, counters."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
         ) from error
     if policy.device.type != "cuda":
         raise UserError(
-            f"got optimizer.name adamw8bit on device {policy.device}; expected a CUDA device, which bitsandbytes needs; "
-            "set optimizer.name=adamw"
+            f"got optimizer.name adamw8bit on device {policy.device}; expected a CUDA device; set optimizer.name=adamw"
         )
     return AdamW8bit(parameters, **settings)
 
@@ -64,6 +63,7 @@ class State:
         limits = Limits(a.window, a.judge_drop, a.diversity_drop, a.statistic_change)
         fp16 = config.policy.dtype == "float16"
         scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
+        scaler.scale(torch.zeros((), device=policy.device))  # it makes its scale now, not when a loss first needs it
         return State(make_optimizer(config, policy), scaler, ema, Alarms(limits))
 
     # ---- one optimizer step

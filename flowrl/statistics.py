@@ -22,11 +22,16 @@ Scores = Sequence[Sequence[float] | np.ndarray]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its interval; NaN where there is nothing to estimate (no score, or an interval from one prompt)."""
+    """A mean and its interval; NaN where there is nothing to estimate (no score, or an interval from one prompt).
+
+    `prompts`: how many prompts had a score; with fewer than six no interval means much (a sign test of five equal signs
+    still has p = 2 / 32 > 0.05).
+    """
 
     mean: float
     low: float
     high: float
+    prompts: int = 0
 
     def excludes(self, value: float) -> bool:
         """Whether the interval lies wholly above or wholly below `value` (False for a NaN interval)."""
@@ -54,12 +59,12 @@ def task_mean_ci(
     labels = np.asarray(tasks)
     rng = np.random.default_rng(seed)
     means, draws = [], []
-    widest = 0
+    widest = used = 0
     for task in sorted(set(tasks)):
         rows = np.flatnonzero((labels == task) & (counts > 0))  # a prompt without a score is no unit of the sample
         if not len(rows):
             continue
-        widest = max(widest, len(rows))
+        widest, used = max(widest, len(rows)), used + len(rows)
         # A bootstrap sample only matters through how often each prompt was drawn: (resamples, prompts of the task).
         drawn = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=resamples)
         means.append(sums[rows].sum() / counts[rows].sum())
@@ -68,10 +73,10 @@ def task_mean_ci(
         return Estimate(math.nan, math.nan, math.nan)
     mean = float(np.mean(means))
     if widest < 2:
-        return Estimate(mean, math.nan, math.nan)  # one prompt says nothing about other prompts
+        return Estimate(mean, math.nan, math.nan, used)  # one prompt says nothing about other prompts
     tail = (1 - level) / 2
     low, high = np.quantile(np.mean(draws, axis=0), [tail, 1 - tail])
-    return Estimate(mean, float(low), float(high))
+    return Estimate(mean, float(low), float(high), used)
 
 
 def paired_diff_ci(

@@ -14,22 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import reward_models
 import samplers
 from flowrl import evaluate as evaluation
 from flowrl.advantages import Advantages, group_advantages, leaf_mean
 from flowrl.config import Config
 from flowrl.distributed import World
 from flowrl.errors import GuardStop, UserError
-from flowrl.guards import StopSignals
+from flowrl.guards import require_finite
 from flowrl.objectives import MetricMeans, Objective, get_objective
 from flowrl.policies import LoraSettings, Policy, load_policy
 from flowrl.prompts import Prompt, Slot, load_prompts, prompt_batch, split
+from flowrl.rewards import load_reward
 from flowrl.run import Run, Stopped
 from flowrl.state import State
 from flowrl.update import Batch, UpdateSettings, accumulate_gradients, check_on_policy, with_halving
 from reward_models.image_stats import image_statistics, in_group_diversity
-from reward_models.protocol import RewardResult, checked_score
+from reward_models.protocol import Reward, RewardError, RewardResult, checked_score, to_8bit
+
+# What ends a run in the middle of an update, after the last good state was saved.
+FAILURES = (GuardStop, RewardError, UserError, torch.OutOfMemoryError)
 
 
 def train(config: Config, resume: bool = False, policy: Policy | None = None) -> dict[str, Any]:
@@ -48,15 +51,16 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
         torch.set_num_threads(config.threads)
     world = World.join(config.policy.device)
     with ExitStack() as stack:
+        stack.callback(world.leave)
         prompts = load_prompts(**config.prompts.model_dump())
-        reward = reward_models.load(config.reward, device=world.device)
+        reward = load_reward(config.reward, device=world.device)
         scorers = _scorers(config, world)
         objective = get_objective(
             config.objective.name, clip_range=config.objective.clip, kl_weight=config.objective.kl.weight
         )
         run = stack.enter_context(Run.open(config, world, resume=resume))
-        stop = stack.enter_context(StopSignals())
         policy = policy or _load_policy(config, world, run)
+        _check_sizes(config, policy)
         state = State.create(config, policy)
         run.load(state, policy)
         run.encode_once(policy, prompts)
@@ -77,15 +81,17 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 plan = make_plan(config, policy, state.update)
                 roots = [(place, slot) for place, slot in mine for _ in range(config.group_size // len(plan.leaves))]
                 cond = _encode(policy, prompts, roots)
-                tree = _rollout(config, policy, plan, state.update, roots, cond, run, stop)
+                tree = _rollout(config, policy, plan, state.update, roots, cond, run)
 
                 # score: images on the 8-bit grid, each group whole on this process
                 chosen = [prompts[slot.prompt] for _, slot in roots for _ in plan.leaves]
                 place = torch.tensor([place for place, _ in roots])
                 groups = place.repeat_interleave(len(plan.leaves))
                 with torch.no_grad():
-                    images = policy.decode(tree.leaves.flatten(0, 1))
-                result = _score(reward, images, chosen, groups)
+                    images = to_8bit(policy.decode(tree.leaves.flatten(0, 1)))
+                where = f"update {state.update + 1}"
+                require_finite({"the latents": tree.leaves, "the images": images}, where, world.max)
+                result = _score(reward, images, chosen, groups, world)
                 rollout_s = time.perf_counter() - clock
 
                 # credit: from leaves to edges
@@ -99,7 +105,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 part = (place % config.optimizer.inner_updates)[tree.states.root]
                 batch = Batch(tree, cond, credit.advantages[edges], credit.weights[edges], place, part)
                 if not checked:
-                    state.ratio_max_dev = _self_check(config, policy, batch, world)
+                    state.ratio_max_dev = max(state.ratio_max_dev or 0.0, _self_check(config, policy, batch, world))
                     checked = True
 
                 # update: inner steps, each on its share of the prompts
@@ -107,15 +113,12 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 rate = state.set_learning_rate(config)
                 for inner in range(config.optimizer.epochs * config.optimizer.inner_updates):
                     inner %= config.optimizer.inner_updates
-                    norm, rows = _inner_update(config, policy, batch, inner, objective, state, world, metrics, run, stop)
+                    norm, rows = _inner_update(config, policy, batch, inner, objective, state, world, metrics, run)
                     norms += [] if norm is None else [norm]
                     used += rows
-            except GuardStop:
+            except (*FAILURES, Stopped):
                 run.save_last_good(state, policy)
                 raise
-            except Stopped:
-                run.save_last_good(state, policy)
-                raise run.stopped(stop, state) from None
             state.update += 1
             state.cost += _cost(tree.cost, used, policy.calls(config.rollout.guidance), world)
 
@@ -132,21 +135,21 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
             count = config.prompts_per_update * config.group_size
             timings = {"images_per_s": count / seconds, "rollout_s": rollout_s, "update_s": seconds - rollout_s}
             run.log.write(state.update, values, timings, alarms)
-            signalled = world.any(bool(stop.requested))
+            signalled = world.any(bool(run.stop.requested))
             due = bool(config.checkpoint.every) and state.update % config.checkpoint.every == 0
             stopping = bool(alarms) and config.alarms.stop
             if due or signalled or stopping or state.update == config.updates:
                 run.save(state, policy)
             if stopping:
                 raise GuardStop(f"alarms.stop is set, and {alarms[0]}")
-            if signalled and state.update < config.updates:
-                raise run.stopped(stop, state)
+            if signalled:
+                raise run.stopped()
 
         run.evaluate(policy, scorers, "after")
         return run.finish(state, policy)
 
 
-# ------------------------------------------------------------------------------------------------- the parts of an update
+# ------------------------------------------------------------------------------------------------ parts of an update
 def make_plan(config: Config, policy: Policy, update: int) -> samplers.Plan:
     """The straight plan of Flow-GRPO: noise on all steps but the last, or in one random window per update ("fast")."""
     r = config.rollout
@@ -158,6 +161,13 @@ def make_plan(config: Config, policy: Policy, update: int) -> samplers.Plan:
     start = key.integer(low, high - r.window.size + 1)
     window = range(start, start + r.window.size)
     return samplers.plans.straight(sigmas, r.kernel, r.level, trained=window, noisy=window)
+
+
+def _check_sizes(config: Config, policy: Policy) -> None:
+    """UserError for image sizes that the policy cannot make: now, not after the first evaluation."""
+    for section in (config.rollout, config.eval):
+        if section is not None:
+            policy.latent_shape(section.height, section.width)
 
 
 def _load_policy(config: Config, world: World, run: Run) -> Policy:
@@ -174,6 +184,7 @@ def _load_policy(config: Config, world: World, run: Run) -> Policy:
         train=p.train,
         cache_dir=run.folder / "embeddings" if p.embedding_cache else None,
         revision=p.revision,
+        reference=p.reference,
     )
 
 
@@ -185,8 +196,7 @@ def _encode(policy: Policy, prompts: list[Prompt], roots: list[tuple[int, Slot]]
 
 
 def _rollout(
-    config: Config, policy: Policy, plan: samplers.Plan, update: int, roots: list[tuple[int, Slot]], cond: Any,
-    run: Run, stop: StopSignals,
+    config: Config, policy: Policy, plan: samplers.Plan, update: int, roots: list[tuple[int, Slot]], cond: Any, run: Run
 ) -> samplers.Tree:  # fmt: skip
     r, per_group = config.rollout, config.group_size // len(plan.leaves)
     keys = [
@@ -202,15 +212,33 @@ def _rollout(
         return samplers.rollout(
             predict, plan, keys, latent_shape=policy.latent_shape(r.height, r.width), chunk=chunk,
             device=policy.device, density=samplers.Density(r.kernel, r.reduction, r.density), init_keys=init_keys,
-            prior_std=policy.prior_std, on_chunk=lambda *_: run.check(stop),
+            prior_std=policy.prior_std, on_chunk=lambda *_: run.check(),
         )  # fmt: skip
 
     tree, run.chunk = with_halving(sample, run.chunk, "the rollout", run.note)
     return tree
 
 
-def _score(reward: Any, images: Tensor, prompts: list[Prompt], groups: Tensor) -> RewardResult:
-    return checked_score(reward, images, [p.text for p in prompts], [p.metadata for p in prompts], groups)
+def _score(reward: Reward, images: Tensor, prompts: list[Prompt], groups: Tensor, world: World) -> RewardResult:
+    """The reward of all images; a failure on one process ends the run on all, also when no image anywhere has one."""
+    failure, result = None, None
+    try:
+        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        result = checked_score(reward, images, texts, metadata, groups, all_missing="allow")
+    except RewardError as error:
+        failure = error
+    world.agree(failure)
+    assert result is not None
+    if not world.any(not bool(result.missing.all())):
+        raise RewardError(
+            f"reward {reward.spec.name!r} gave NaN for all images of an update, expected at least one score. First "
+            f"reason: {result.reasons[0]}. Check that the reward fits these prompts and their metadata."
+        )
+    return result
+
+
+def _update_guidance(config: Config) -> float:
+    return config.rollout.guidance if config.objective.guidance is None else config.objective.guidance
 
 
 def _self_check(config: Config, policy: Policy, batch: Batch, world: World) -> float:
@@ -218,28 +246,32 @@ def _self_check(config: Config, policy: Policy, batch: Batch, world: World) -> f
     check, exact = config.self_check, config.policy.dtype == "float32"
     bound = 0.0 if exact and world.device.type == "cpu" else check.bound if exact else check.bound_low_precision
     network = getattr(policy, "network", None)
-    deviation = check_on_policy(
-        policy, batch, config.rollout.guidance, bound=bound, dtype=config.policy.dtype,
-        modules=[] if network is None else [network],
-    )  # fmt: skip
+    deviation, failure = float("inf"), None
+    try:
+        deviation = check_on_policy(
+            policy, batch, _update_guidance(config), bound=bound, dtype=config.policy.dtype,
+            modules=[] if network is None else [network],
+        )  # fmt: skip
+    except GuardStop as error:
+        failure = error
+    world.agree(failure)
     return float(world.max(torch.tensor([deviation], dtype=torch.float64)))
 
 
 def _inner_update(
     config: Config, policy: Policy, batch: Batch, part: int, objective: Objective, state: State, world: World,
-    metrics: MetricMeans, run: Run, stop: StopSignals,
+    metrics: MetricMeans, run: Run,
 ) -> tuple[float | None, int]:  # fmt: skip
     """Gradients of one share of the prompts and one optimizer step: (gradient norm or None, states used)."""
     in_part = batch.part[batch.tree.edges.state] == part
     normaliser = float(world.sum(batch.weight[in_part].double().sum().reshape(1)))
-    guidance = config.rollout.guidance if config.objective.guidance is None else config.objective.guidance
 
     def gradients(micro_batch: int) -> tuple[MetricMeans, int]:
         state.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(
             policy, batch, part, objective, normaliser or 1.0,
-            UpdateSettings(guidance, micro_batch, config.objective.kl.form),
-            scale=state.scaler.scale, on_chunk=lambda _: run.check(stop),
+            UpdateSettings(_update_guidance(config), micro_batch, config.objective.kl.form),
+            scale=state.scaler.scale, on_chunk=lambda _: run.check(),
         )  # fmt: skip
 
     (found, used), run.micro_batch = with_halving(gradients, run.micro_batch, "the update", run.note)
@@ -261,13 +293,13 @@ def _cost(sampled: samplers.Cost, states: int, calls: int, world: World) -> samp
 def _scorers(config: Config, world: World) -> evaluation.Scorers | None:
     if config.eval is None:
         return None
-    judge = reward_models.load(config.eval.judge, device=world.device) if config.eval.judge else None
+    judge = load_reward(config.eval.judge, device=world.device) if config.eval.judge else None
     if judge is not None and not hasattr(judge, "features"):
         raise UserError(
             f"got eval.judge {config.eval.judge!r}, which has no image features; expected a CLIP-type scorer such as "
             "tiny-clip; name another, or null"
         )
-    return evaluation.Scorers(reward_models.load(config.eval.rewards, device=world.device), judge)  # type: ignore[arg-type]
+    return evaluation.Scorers(load_reward(config.eval.rewards, device=world.device), judge)  # type: ignore[arg-type]
 
 
 def _measure(

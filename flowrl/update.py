@@ -62,7 +62,7 @@ def active_states(batch: Batch, part: int, objective: Objective) -> Tensor:
 def edge_scalars(
     policy: Policy, batch: Batch, rows: Tensor, objective: Objective, settings: UpdateSettings
 ) -> EdgeScalars:
-    """The scalars of all edges that leave these states, from one forward of the policy (with gradient where enabled)."""
+    """The scalars of all edges that leave these states, from one forward of the policy, with gradient if enabled."""
     tree = batch.tree
     x, s = tree.states.x[rows], tree.states.s[rows.to(tree.states.s.device)]
     cond = batch.cond[tree.states.root[rows]]
@@ -108,6 +108,7 @@ def accumulate_gradients(
 ) -> tuple[MetricMeans, int]:
     """Add the gradient of one inner update to the parameters; returns its metrics and the number of states used.
 
+    The metrics are means over the edges of these states; the loss counts all valid edges, as its gradient does.
     normaliser: sum of the weights of the valid edges of this inner update on all processes. scale: a loss scaler's.
     """
     metrics, rows = MetricMeans(), active_states(batch, part, objective)
@@ -135,6 +136,7 @@ def accumulate_gradients(
     if not chunks:  # every process names the same metrics, also one that has nothing to add
         empty = _no_edges(objective)
         metrics.add(empty, objective(empty))
+    metrics.weight = float(batch.weight[batch.part[batch.tree.edges.state] == part].double().sum())
     return metrics, len(rows)
 
 
@@ -182,7 +184,7 @@ def check_on_policy(
 
 
 def with_halving(run: Callable[[int], T], size: int, what: str, note: Callable[[str], None]) -> tuple[T, int]:
-    """`run(size)`, halving the size whenever the device runs out of memory; returns the result and the size that fitted.
+    """`run(size)`, halving the size whenever the device runs out of memory; returns the result and the last size.
 
     `run` must start over each time. Results do not depend on the size beyond rounding.
     """

@@ -89,8 +89,8 @@ def test_configs_are_found_where_the_wheel_is_installed(installed: Path, tmp_pat
 
 
 def test_the_quickstart_runs_from_an_installed_wheel(installed: Path, tmp_path: Path) -> None:
-    if not (installed / "flowrl" / "models" / "tiny-sd3").is_dir():
-        pytest.skip("the model in the box is not built yet")
+    if not all((installed / "flowrl" / "models" / name).is_dir() for name in ("tiny-sd3", "tiny-clip")):
+        pytest.skip("the models in the box are not built yet")
     done = flowrl(
         installed, tmp_path, "train", "quickstart", "updates=2", "prompts_per_update=2", "group_size=4", "eval.limit=4",
         "eval.images_per_prompt=2", "eval.steps=4", "eval.baseline_guidance=null", "logging.samples_every=0",

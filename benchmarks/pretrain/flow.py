@@ -110,8 +110,8 @@ def train(
     folder: Path,
     *,
     seed: int = 0,
-    steps: int = 11000,
-    batch: int = 128,
+    steps: int = 4700,
+    batch: int = 192,
     lr: float = 1e-3,
     muon_lr: float = 2e-3,
     on_save: Callable[[TextToImage, int], None] | None = None,
@@ -142,7 +142,7 @@ def train(
             on_save(model, step)
 
     ema = fit(
-        model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.9995, save_every=1000, on_save=save
+        model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.999, save_every=500, on_save=save
     )
     model.load_state_dict(ema)
     return model

@@ -20,9 +20,10 @@ def schedule(step: int, steps: int, warmup: int = 200) -> float:
 
 
 def optimizers(model: nn.Module, lr: float, muon_lr: float | None = None) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
+    """AdamW for everything, or Muon for the matrices of attention and feed-forward and AdamW for the rest."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if muon_lr and p.ndim == 2 and "blocks" in name or "layers" in name and p.ndim == 2]
+    inside = [(name, p) for name, p in named if p.ndim == 2 and ("blocks" in name or "layers" in name)]
+    hidden = [p for name, p in inside if "norm" not in name and "embed" not in name]
     if muon_lr is None:
         return [torch.optim.AdamW([p for _, p in named], lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)]
     rest = [p for _, p in named if not any(p is h for h in hidden)]

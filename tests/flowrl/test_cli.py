@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from flowrl import __version__
 from flowrl.cli import app
 from flowrl.errors import GuardStop, UserError
+from flowrl.policies.loading import MODELS
 from reward_models import RewardError
 
 DRAW = {"--images", "--steps", "--guidance", "--seed", "--chunk", "--lora", "--device", "--dtype", "--out"}
@@ -182,9 +183,9 @@ def test_sample_then_score(model: Path, tmp_path: Path) -> None:
 def test_bench_shapes(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "b"
     arguments = ["bench", "shapes", model, "--limit", "6", "--images", "1", "--steps", "2", "--out", out]
-    result = run(*map(str, arguments))
-    if "tiny-clip" in result.output and result.exit_code != 0:
+    if not (MODELS / "tiny-clip").is_dir():
         pytest.skip("the judge in the box is not built yet")
+    result = run(*map(str, arguments))
     assert result.exit_code == 0, result.output
     summary = json.loads((out / "summary.json").read_text())
     assert summary["prompts"] == 6 and set(summary["tasks"]) == {

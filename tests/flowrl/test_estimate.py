@@ -73,16 +73,24 @@ class _Takes(torch.nn.Module):
         return self.inner(x)
 
 
-def test_calls_of_an_update(pipelines: dict) -> None:
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two milliseconds per row instead of a measurement."""
+    monkeypatch.setattr("flowrl.estimate._measured", lambda config, network: 0.002)
+
+
+def test_calls_of_an_update(pipelines: dict, untimed: None) -> None:
     _, folder = pipelines["sd3"]
-    plain = estimate(config_of(folder)).cost
+    found = estimate(config_of(folder))
+    assert found.seconds == {"sampling": pytest.approx(0.002 * 160), "update": pytest.approx(3 * 0.002 * 140)}
+    plain = found.cost
     assert (plain.images, plain.sampling_calls, plain.training_forwards) == (20, 20 * 8, 20 * 7)
     guided = estimate(config_of(folder, rollout={"guidance": 3.0, "window": {"size": 2}})).cost
     assert (guided.images, guided.sampling_calls, guided.training_forwards) == (20, 2 * 20 * 8, 2 * 20 * 2)
     assert estimate(config_of(folder), processes=2).cost.images == 12  # three of the five groups
 
 
-def test_memory_and_disk_follow_the_settings(pipelines: dict) -> None:
+def test_memory_and_disk_follow_the_settings(pipelines: dict, untimed: None) -> None:
     _, folder = pipelines["sd3"]
     base = estimate(config_of(folder))
     assert base.memory["optimizer"] == 8 * base.network.trainable
@@ -96,7 +104,12 @@ def test_memory_and_disk_follow_the_settings(pipelines: dict) -> None:
     assert saving.network.kept < base.network.kept
     full = estimate(config_of(folder, policy={"path": str(folder), "train": "full"}))
     assert full.memory["frozen copy"] == full.memory["network"] == 4 * full.network.parameters
-    assert any("measured with this policy" in line for line in base.lines())
+
+
+def test_a_small_local_policy_is_timed(pipelines: dict) -> None:
+    found = estimate(config_of(pipelines["sd3"][1]))
+    assert 0 < found.seconds["sampling"] < found.seconds["update"]
+    assert any("measured with this policy" in line for line in found.lines())
 
 
 def test_an_incomplete_folder_is_explained(pipelines: dict, tmp_path: Path) -> None:

@@ -349,6 +349,9 @@ def test_card_of_a_run_without_numbers(tmp_path):
     assert head["base_model"] == "stabilityai/stable-diffusion-3.5-medium"
     assert head["license_name"] == "stabilityai-ai-community"
     assert "Not evaluated." in text and "lora" not in head["tags"]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings("/home/someone/models/mine")))
+    text = write_card(run, run, merged=True).read_text()
+    assert "/home" not in text and "base_model" not in text and 'from_pretrained("PATH/TO/mine")' in text
 
 
 def test_export_from_a_checkpoint(tmp_path):

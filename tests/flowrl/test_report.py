@@ -11,7 +11,7 @@ from fake_run import CONFIG, eval_rows, fake_run, write_rows
 
 from flowrl import charts, summary
 from flowrl.errors import UserError
-from flowrl.report import number, signed, write_report
+from flowrl.report import model_name, number, signed, write_report
 from flowrl.statistics import Estimate
 
 VOID = {"meta", "img", "br", "path", "use", "link", "rect", "circle", "line"}
@@ -186,6 +186,17 @@ def test_missing_scores_are_dashes_not_zeros(tmp_path):
     assert "– → –" in card[: card.index("</article>")]
 
 
+def test_few_prompts_are_not_called_better(tmp_path):
+    folder = fake_run(tmp_path / "run", updates=2)
+    for stage in ("before", "after"):
+        rows = eval_rows(stage, 0.5, prompts=5)
+        for row in rows:
+            row["scores"]["shapes"], row["tag"] = float(stage == "after"), None
+        write_rows(folder, stage, rows, pictures_of=0)
+    _, page = report(folder)
+    assert "+1.000 paired gain [+1.000, +1.000] too few prompts to tell" in page.text
+
+
 def test_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="holds no config.yaml"):
         write_report(tmp_path)
@@ -215,16 +226,44 @@ def test_charts_take_missing_intervals():
     Page(charts.line_chart([charts.Series("a", [1, 2], [nan, nan])]))
 
 
-def test_running_mean_keeps_a_straight_line():
+def test_smoothing_is_a_line_fitted_on_both_sides():
     line = np.linspace(3, 7, 50)
-    np.testing.assert_allclose(charts._running_mean(line, 6), line)
-    y = np.array([1.0, np.nan, 5.0, 2.0, 0.0])
-    np.testing.assert_allclose(charts._running_mean(y, 1), [1.0, 3.0, 3.5, 7 / 3, 0.0])
+    np.testing.assert_allclose(charts._smoothed(line, 6), line)
+    y = np.array([4.0, 1.0, 7.0, 2.0, 0.0])
+    np.testing.assert_allclose(charts._smoothed(y, 1)[1:4], [4.0, 10 / 3, 3.0])  # means of three
+    np.testing.assert_allclose(charts._smoothed(y, 2)[0], np.polyval(np.polyfit([0, 1, 2], y[:3], 1), 0))
+    gap = np.array([1.0, np.nan, 3.0, np.nan, np.nan, np.nan])
+    np.testing.assert_allclose(charts._smoothed(gap, 1), [1.0, 2.0, 3.0, 3.0, np.nan, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("tiny-sd3", ("tiny-sd3", True)),
+        ("stabilityai/stable-diffusion-3.5-medium", ("stabilityai/stable-diffusion-3.5-medium", True)),
+        ("/home/me/models/mine", ("mine", False)),
+        ("./mine", ("mine", False)),
+    ],
+)
+def test_model_name(path, name):
+    assert model_name(path) == name
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.12345, "0.123"), (38400, "38 400"), (15.0, "15.000"), (float("nan"), "–"), (None, "–"), (-0.5, "-0.500")],
+    [
+        (0.12345, "0.123"),
+        (38400, "38\u202f400"),
+        (15.0, "15.000"),
+        (float("nan"), "–"),
+        (None, "–"),
+        (-0.5, "−0.500"),
+        (0.00123456, "0.00123"),
+        (-6.7e-7, "−6.7e−07"),
+        (0.01, "0.010"),
+        (0.0, "0.000"),
+        (7, "7"),
+    ],  # fmt: skip
 )
 def test_number(value, text):
     assert number(value) == text

@@ -47,6 +47,7 @@ def test_width_has_the_closed_form_of_the_normal_limit():
 def test_unequal_groups_and_missing_scores_by_hand():
     estimate = mean_ci([[1.0, 0.0, math.nan], [1.0], [math.nan]])
     assert estimate.mean == pytest.approx(2 / 3)  # three scores count, not five and not two prompt means
+    assert estimate.prompts == 2  # the third has no score
     assert estimate.low == pytest.approx(0.5)  # drawing the first prompt twice
     assert estimate.high == pytest.approx(1.0)  # drawing the second prompt twice
 
