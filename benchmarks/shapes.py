@@ -6,6 +6,7 @@ The headline is GenEval's: the official decision, averaged over images within a 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from flowrl.prompts import load_prompts
 from flowrl.rewards import load_reward
 from flowrl.sampling import SampleSettings
 from flowrl.statistics import Estimate, task_mean_ci
-from flowrl.summary import EvalRow, by_prompt, measure, value
+from flowrl.summary import EvalRow, by_prompt, measure, value, write_summary
 
 
 def run(
@@ -52,7 +53,7 @@ def run(
     world = world or World(0, 1, policy.device)
     rows = evaluate(policy, prompts, settings, scorers, world=world, pictures=folder / "images")
     (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    summary = {
+    summary: dict[str, Any] = {
         "benchmark": "shapes",
         "policy": policy.name,
         "split": split,
@@ -64,8 +65,17 @@ def run(
         "scores": measure(rows),
         "tasks": {tag: _task(rows, tag) for tag in dict.fromkeys(prompt.metadata["tag"] for prompt in prompts)},
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_summary(folder, finite(summary))
     return summary
+
+
+def finite(item: Any) -> Any:
+    """The same with null for NaN, which JSON does not know."""
+    if isinstance(item, dict):
+        return {key: finite(value) for key, value in item.items()}
+    if isinstance(item, list):
+        return [finite(value) for value in item]
+    return None if isinstance(item, float) and math.isnan(item) else item
 
 
 def _task(rows: Sequence[EvalRow], tag: str) -> dict[str, Any]:

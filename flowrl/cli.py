@@ -34,6 +34,8 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Entry point of the console script."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices about absent extras are not for our users
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     app()
 
 

@@ -168,7 +168,17 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, processes:
     path = Path(source)
     data = read_yaml(path if path.is_file() or path.suffix in (".yaml", ".yml") else shipped_config(str(source)))
     data, found = apply_overrides(data, overrides)
-    return parse_config(data, processes=processes, already=found)
+    return _with_dtype(parse_config(data, processes=processes, already=found))
+
+
+def _with_dtype(config: Config) -> Config:
+    """The config with `policy.dtype: auto` replaced by the type for its device, so that a run folder says what it was."""
+    if config.policy.dtype != "auto":
+        return config
+    from flowrl.policies.loading import native_dtype
+
+    dtype = native_dtype(config.policy.device)
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"dtype": dtype})})
 
 
 def parse_config(data: Data, *, processes: int = 1, already: Sequence[str] = ()) -> Config:

@@ -45,8 +45,10 @@ class Lora(Section):
 class PolicyConfig(Section):
     path: str = Field(min_length=1, description="a diffusers pipeline: bundled name, local folder or hub id")
     revision: str | None = Field(None, description="hub branch, tag or commit")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="compute type of the network; latents and trained weights stay float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="compute type of the network; latents and trained weights stay float32; auto is bfloat16 where the "
+        "device computes in it natively, else float32",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     train: Literal["lora", "full"] = Field("lora", description="train adapters, or all weights of the network")
@@ -166,7 +168,7 @@ class OptimizerConfig(Section):
 
 class EMAConfig(Section):
     decay: float = Field(0.9, ge=0.0, lt=1.0, description="weight of the old average")
-    ramp: bool = Field(True, description="use min(decay, (1 + n) / (10 + n)) in the n-th averaging")
+    ramp: bool = Field(True, description="use min(decay, (1 + n) / (10 + n)) after n optimizer steps")
     every: Positive = Field(1, description="optimizer steps between two averagings")
 
 

@@ -19,6 +19,17 @@ ATTENTION = ("native", "xformers", "flash")
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
+def native_dtype(device: str = "auto") -> str:
+    """"bfloat16" where the device has instructions for it (tensor cores, AVX512-BF16, AMX), else "float32".
+
+    On such a CPU a small transformer runs two to four times as fast as in float32; on others several times slower.
+    """
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+
+
 def load_policy(
     path: str | os.PathLike,
     *,

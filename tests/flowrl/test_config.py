@@ -235,7 +235,6 @@ def test_shipped_configs_are_found() -> None:
     assert {"quickstart", "flow_grpo/tiny_sd3", "flow_grpo/flux_dev"} <= set(cfg.shipped_configs())
     assert not any("accelerate" in name for name in cfg.shipped_configs())
     assert cfg.shipped_config("flow_grpo/tiny_sd3.yaml").is_file()
-    assert cfg.shipped_config("accelerate/fsdp2").is_file()
 
 
 def test_every_field_is_described() -> None:
