@@ -5,7 +5,7 @@
 
 rollout: `samplers.rollout` through `policy.predict`: conditioning, padding, keyed noise, steps, log-probs, storage.
          Bare: the network called with prepared tensors, the same numbers of rows in the same order, no gradient.
-update:  one update of the recipe: forwards, log-probs, objective, metrics, backwards, gradient clipping, optimizer, EMA.
+update:  an update of the recipe: forwards, log-probs, objective, metrics, backwards, gradient clipping, optimizer, EMA.
          Bare: forward and backward of the network for the same micro-batches, nothing else.
 
 Decoding and rewards are in neither. The bare network keeps its LoRA and its autocast. Timings of both kinds alternate,
@@ -20,6 +20,7 @@ import itertools
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -33,6 +34,7 @@ from torch import Tensor
 import samplers
 from flowrl.config import Config, load_config
 from flowrl.distributed import World
+from flowrl.errors import UserError
 from flowrl.objectives import get_objective
 from flowrl.policies import Policy, load_policy
 from flowrl.policies.weights import LoraSettings
@@ -73,7 +75,7 @@ class Bench:
     def __init__(self, config: Config, policy: Policy, batch: int, images: int | None = None) -> None:
         images = images or config.prompts_per_update * config.group_size
         if batch < ROWS or batch % ROWS or images % ROWS:
-            raise ValueError(
+            raise UserError(
                 f"got batch {batch} and {images} images; expected multiples of {ROWS}, the rows that policies pad to; "
                 "change --batches or --images"
             )
@@ -163,14 +165,22 @@ class Bench:
         try:
             rows = torch.arange(size) % len(self.keys)
             x = torch.randn(size, *self.shape, generator=torch.Generator().manual_seed(0))
-            self.policy.predict(x.to(self.policy.device), torch.full((size,), 0.5), self.cond[rows], self.settings.guidance)
+            self.policy.predict(
+                x.to(self.policy.device), torch.full((size,), 0.5), self.cond[rows], self.settings.guidance
+            )
         finally:
             handle.remove()
         return {name: value.detach() if isinstance(value, Tensor) else value for name, value in seen[0].items()}
 
 
 def measure(
-    config: Config, policy: Policy, batches: Sequence[int], repeats: int, *, images: int | None = None, clock: str = "wall"
+    config: Config,
+    policy: Policy,
+    batches: Sequence[int],
+    repeats: int,
+    *,
+    images: int | None = None,
+    clock: str = "wall",
 ) -> dict[int, dict[str, Ratio]]:
     """Ratios of rollout and update for each batch size. One round of everything runs before the first measurement."""
     benches = [Bench(config, policy, batch, images) for batch in batches]
@@ -207,7 +217,9 @@ def _wait(policy: Policy) -> None:
         torch.cuda.synchronize(policy.device)
 
 
-def as_json(found: dict[int, dict[str, Ratio]], config: Config, policy: Policy, images: int, clock: str) -> dict[str, Any]:
+def as_json(
+    found: dict[int, dict[str, Ratio]], config: Config, policy: Policy, images: int, clock: str
+) -> dict[str, Any]:
     """Everything that the ratios depend on, and the ratios."""
     rows = []
     for batch, ratios in found.items():
@@ -244,9 +256,9 @@ def as_json(found: dict[int, dict[str, Ratio]], config: Config, policy: Policy, 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result as a table for people."""
-    head = f"{result['policy']}, {result['dtype']} on {result['device']}, {result['threads']} thread(s), torch {result['torch']}"
+    where = f"{result['dtype']} on {result['device']}, {result['threads']} thread(s), torch {result['torch']}"
     out = [
-        head,
+        f"{result['policy']}, {where}",
         f"{result['images']} images of {result['steps']} steps per rollout, {result['clock']} clock",
         f"{'batch':>5}  {'part':<8}{'ours':>10}{'bare':>10}{'ratio':>8}   quartiles       target",
     ]
@@ -261,30 +273,19 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
-    parser.add_argument("config", nargs="?", default="quickstart", help="a YAML file or the name of a shipped config")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, with dotted keys")
-    parser.add_argument("--batches", type=int, nargs="+", default=[16, 48, 64], help="rows per model call")
-    parser.add_argument("--repeats", type=int, default=11, help="pairs of measurements")
-    parser.add_argument("--images", type=int, help="images per rollout; default: the recipe's")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument(
-        "--clock", choices=sorted(CLOCKS), default="wall", help="cpu counts processor time, where other jobs disturb less"
-    )
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    given = parser.parse_intermixed_args(arguments)
+    given = parser().parse_intermixed_args(arguments)
     if given.repeats < 1:
-        parser.error(f"got --repeats {given.repeats}; expected at least 1")
+        parser().error(f"got --repeats {given.repeats}; expected at least 1")
     if "=" in given.config:
         given.config, given.overrides = "quickstart", [given.config, *given.overrides]
     config = load_config(given.config, given.overrides)
     if given.threads:
         torch.set_num_threads(given.threads)
-    p = config.policy
+    p, targets = config.policy, config.policy.lora.targets
+    lora = LoraSettings(p.lora.rank, p.lora.alpha, targets and tuple(targets), p.lora.init, seed=config.seed)
     policy = load_policy(
         p.path, dtype=p.dtype, device=p.device, quantize=p.quantize, attention=p.attention, train=p.train,
-        gradient_checkpointing=p.gradient_checkpointing,
-        lora=LoraSettings(p.lora.rank, p.lora.alpha, p.lora.targets and tuple(p.lora.targets), p.lora.init, seed=config.seed),
+        gradient_checkpointing=p.gradient_checkpointing, revision=p.revision, lora=lora,
     )  # fmt: skip
     found = measure(config, policy, given.batches, given.repeats, images=given.images, clock=given.clock)
     images = given.images or config.prompts_per_update * config.group_size
@@ -296,5 +297,28 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=str(__doc__).splitlines()[0])
+    parser.add_argument("config", nargs="?", default="quickstart", help="a YAML file or the name of a shipped config")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, with dotted keys")
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 48, 64], help="rows per model call")
+    parser.add_argument("--repeats", type=int, default=11, help="pairs of measurements")
+    parser.add_argument("--images", type=int, help="images per rollout; default: the recipe's")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument(
+        "--clock",
+        choices=sorted(CLOCKS),
+        default="wall",
+        help="cpu counts processor time, where other jobs disturb less",
+    )
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"benchmarks.overhead: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -20,6 +20,7 @@ from flowrl.rewards import load_reward
 from flowrl.sampling import SampleSettings
 from flowrl.statistics import Estimate, task_mean_ci
 from flowrl.summary import EvalRow, by_prompt, measure, value, write_summary
+from reward_models.geneval import image_and_prompt_shares
 
 
 def run(
@@ -36,7 +37,8 @@ def run(
     """Measure a policy on a split of the Shapes prompts.
 
     Writes `images.jsonl` (one row per image), the pictures and `summary.json` into `out`, and returns the summary:
-    settings, `scores` as in a run's summary, and under `tasks` the official decision of each task with its interval.
+    settings, `scores` as in a run's summary, under `tasks` the official decision of each task with its interval, and
+    GenEval's two side figures: the share of correct images, and of prompts with at least one correct image.
 
     Raises:
         UserError: `out` already holds a measurement, or an unknown split or task.
@@ -53,6 +55,9 @@ def run(
     world = world or World(0, 1, policy.device)
     rows = evaluate(policy, prompts, settings, scorers, world=world, pictures=folder / "images")
     (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    images, any_image = image_and_prompt_shares(
+        [row["prompt_id"] for row in rows], [value(row, "scores", "shapes") for row in rows]
+    )
     summary: dict[str, Any] = {
         "benchmark": "shapes",
         "policy": policy.name,
@@ -63,6 +68,8 @@ def run(
         "guidance": settings.guidance,
         "seed": settings.seed,
         "scores": measure(rows),
+        "correct_images": images,
+        "prompts_with_a_correct_image": any_image,
         "tasks": {tag: _task(rows, tag) for tag in dict.fromkeys(prompt.metadata["tag"] for prompt in prompts)},
     }
     write_summary(folder, finite(summary))

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the input is wrong; 3 a guard stopped the run; 130 and 143
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -36,6 +37,8 @@ def main() -> None:
     """Entry point of the console script."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices about absent extras are not for our users
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("flowrl").setLevel(logging.INFO)  # such as the memory that full fine-tuning takes
     app()
 
 

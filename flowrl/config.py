@@ -172,7 +172,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, processes:
 
 
 def _with_dtype(config: Config) -> Config:
-    """The config with `policy.dtype: auto` replaced by the type for its device, so that a run folder says what it was."""
+    """The config with `policy.dtype: auto` replaced by the type for its device: a run folder says what it was."""
     if config.policy.dtype != "auto":
         return config
     from flowrl.policies.loading import native_dtype

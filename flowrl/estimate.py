@@ -22,7 +22,7 @@ import samplers
 from flowrl.config import Config
 from flowrl.errors import UserError
 from flowrl.policies import LoraSettings, load_policy
-from flowrl.policies.loading import DTYPES, _device, _model_index, resolve
+from flowrl.policies.loading import DTYPES, find_device, model_index, resolve
 from flowrl.policies.pipeline import BACKBONES
 from flowrl.prompts import load_prompts
 
@@ -79,7 +79,7 @@ class Estimate:
 def estimate(config: Config, processes: int = 1) -> Estimate:
     """Estimate one process of a run on this machine. Reads config files, and weights of small policies."""
     policy, rollout = config.policy, config.rollout
-    device = _device(policy.device)
+    device = find_device(policy.device)
     network = describe(config)
     groups = -(-config.prompts_per_update // processes)
     plan = samplers.plans.straight(
@@ -105,7 +105,7 @@ def _trained(config: Config) -> range:
 def describe(config: Config) -> Network:
     """Sizes of the policy that a config names, from its config files."""
     source = resolve(config.policy.path)
-    index = _model_index(source, config.policy.revision)
+    index = model_index(source, config.policy.revision)
     kind = BACKBONES[index["_class_name"]]
     network_config = _read(source, "transformer/config.json", config)
     vae = _read(source, "vae/config.json", config)
@@ -153,7 +153,7 @@ def _text_tokens(source: str, config: Config, flux: bool) -> int:
     if flux:
         return 512
     clip = _read(source, "tokenizer/tokenizer_config.json", config).get("model_max_length", 77)
-    index = _model_index(source, config.policy.revision)
+    index = model_index(source, config.policy.revision)
     if index.get("text_encoder_3", [None])[0] is None:
         return clip
     return clip + (

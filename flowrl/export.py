@@ -55,7 +55,7 @@ def export(
     chosen = config.policy
     policy = load_policy(
         chosen.path, dtype=chosen.dtype, device=device, train=chosen.train, revision=chosen.revision,
-        quantize=None if merge else chosen.quantize, lora=_lora_settings(chosen),
+        quantize=None if merge else chosen.quantize, lora=_lora_settings(chosen), reference=False,
     )  # fmt: skip
     states = {
         name.removeprefix(WEIGHTS): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(WEIGHTS)

@@ -11,6 +11,7 @@ import io
 import json
 import random
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import zip_longest
 from pathlib import Path
@@ -127,8 +128,13 @@ def _csv(text: str, path: Path, column: str) -> Iterator[Metadata]:
         raise UserError(
             f"{path} has the columns {', '.join(reader.fieldnames)}; expected one called {column!r}; set text_column"
         )
-    for row in reader:
-        yield {key: value for key, value in row.items() if key is not None and value is not None}
+    try:
+        for row in reader:
+            yield {key: value for key, value in row.items() if key is not None and value is not None}
+    except csv.Error as error:  # such as a quotation mark that is never closed
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error}; expected comma-separated values; correct the quotation marks"
+        ) from error
 
 
 def _hub(source: str, text_column: str | None) -> tuple[list[Metadata], str]:
@@ -174,12 +180,13 @@ def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
 
 
 # -------------------------------------------------------------------------------------------------------------- order
-def permutation(n_prompts: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=4)  # a run asks for the same pass in every update
+def permutation(n_prompts: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The order of all prompts in one pass over them, a function of its arguments alone."""
     digest = blake2b(f"prompts|{n_prompts}|{seed}|{epoch}".encode(), digest_size=16).digest()
     order = list(range(n_prompts))
     random.Random(int.from_bytes(digest, "big")).shuffle(order)
-    return order
+    return tuple(order)
 
 
 def prompt_batch(n_prompts: int, prompts_per_update: int, seed: int, update: int) -> list[Slot]:

@@ -277,8 +277,14 @@ def _appending(path: Path) -> BinaryIO:
 
 def _append(file: BinaryIO, row: Mapping[str, Any]) -> None:
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
-    if (written := file.write(line)) != len(line):  # an unbuffered file may take a part only
-        raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written, is the disk full?", file.name)
+    try:
+        if file.write(line) != len(line):  # an unbuffered file may take a part only
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise UserError(
+            f"could not write {file.name}: {error.strerror}; expected a folder that can be written; free some space "
+            "(or raise the quota), then continue with --resume; checkpoints are untouched"
+        ) from error
 
 
 def _number(key: str, value: Any) -> float | int | bool | None:

@@ -52,7 +52,8 @@ def before_after(folder: Path, before: Sequence[EvalRow], after: Sequence[EvalRo
     """Write `samples/before_after.png` from the pictures of the two evaluations; None where they are missing."""
     old, new = by_prompt(before), by_prompt(after)
     tagged = [Prompt(rows[0]["prompt"], {"tag": rows[0]["tag"], "id": key}) for key, rows in old.items() if key in new]
-    prompts, columns, captions = [], ([], []), []
+    prompts, captions = [], []
+    columns: tuple[list[list[Image.Image]], list[list[Image.Image]]] = ([], [])
     for prompt in spread(tagged, PROMPTS):
         key = prompt.metadata["id"]
         pairs = [(a, b) for a, b in zip(old[key], new[key], strict=False) if a["path"] and b["path"]][:SEEDS]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How images are drawn: ODE steps, guidance scale (1: none), pixels (None: the policy's own), rows per model call."""
+    """How images are drawn: ODE steps, guidance (1: none), pixels (None: the policy's own), rows per model call."""
 
     steps: int = 20
     guidance: float = 1.0

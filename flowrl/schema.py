@@ -53,7 +53,7 @@ class PolicyConfig(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     train: Literal["lora", "full"] = Field("lora", description="train adapters, or all weights of the network")
     reference: bool = Field(
-        True, description="keep the starting weights for the KL term; free with LoRA, one more copy with train: full"
+        True, description="keep a reference for the KL term: with LoRA the base, free; with train: full one more copy"
     )
     lora: Lora = Field(default_factory=Lora, description="adapter settings, used with train: lora")
     quantize: Literal["int8", "nf4"] | None = Field(None, description="quantise the frozen base weights (needs LoRA)")
@@ -71,7 +71,7 @@ class PromptConfig(Section):
     )
     tasks: list[str] | None = Field(None, min_length=1, description="keep only prompts whose tag is listed")
     text_column: str | None = Field(None, description="column or key that holds the text; default: prompt")
-    limit: Positive | None = Field(None, description="keep only the first N prompts")
+    limit: Positive | None = Field(None, description="keep only N prompts, spread evenly over their tags")
 
 
 class Window(Section):
@@ -119,7 +119,9 @@ class KL(Section):
     form: Literal["exact", "published"] = Field(
         "exact", description="exact divides by 2 c^2; published is d times that"
     )
-    weight: float = Field(0.0, ge=0.0, description="weight of the KL to the starting weights; 0 switches it off")
+    weight: float = Field(
+        0.0, ge=0.0, description="weight of the KL to the reference (LoRA: the base without it); 0 switches it off"
+    )
 
 
 class MeasuredWith(Section):
@@ -134,7 +136,7 @@ class ObjectiveConfig(Section):
     clip_range_high: float | None = Field(
         None, gt=0.0, description="the ratio is clipped above at 1 + this; null: same as clip_range"
     )
-    kl: KL = Field(default_factory=KL, description="penalty on leaving the starting weights")
+    kl: KL = Field(default_factory=KL, description="penalty on leaving the reference")
     guidance: float | None = Field(
         None, ge=0.0, description="guidance in the update; null: that of the rollout, which a likelihood needs"
     )
@@ -176,7 +178,7 @@ class EvalConfig(Section):
     prompts: str = Field("shapes:test", min_length=1, description="prompt source for evaluation, never trained on")
     tasks: list[str] | None = Field(None, min_length=1, description="keep only prompts whose tag is listed")
     text_column: str | None = Field(None, description="column or key that holds the text; default: prompt")
-    limit: Positive | None = Field(None, description="keep only the first N prompts")
+    limit: Positive | None = Field(None, description="keep only N prompts, spread evenly over their tags")
     images_per_prompt: Positive = Field(4, description="images of each prompt, with fixed seeds")
     steps: Positive = Field(20, description="ODE steps")
     guidance: float = Field(1.0, ge=0.0, description="guidance scale, the same before and after")

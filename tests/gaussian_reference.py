@@ -1,7 +1,7 @@
 """The loss of one update on `GaussianPolicy`, written out edge by edge in float64 and left to autograd.
 
-Nothing of `flowrl.update`, `flowrl.objectives` or `flowrl.advantages` is used: weights, advantages, log-probs, KL and the
-clip follow from the formulas. Of the tree only what was sampled is read: the plan's shape, latents, and their times.
+Nothing of `flowrl.update`, `flowrl.objectives` or `flowrl.advantages` is used: weights, advantages, log-probs, KL and
+clip follow from the formulas. Of the tree only what was sampled is read: the plan's shape, latents and their times.
 """
 
 from __future__ import annotations

@@ -80,3 +80,15 @@ def shuffled(images: Tensor, prompts: Sequence[str], metadata: Metadata, groups:
         rows = (groups == group).nonzero().flatten()
         mixed[rows] = values[rows[torch.randperm(len(rows), generator=generator)]]
     return mixed
+
+
+_calls = 0
+
+
+def failing(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
+    """`quadratic`, but raises at the call whose number is in the variable FAIL_ON_CALL."""
+    global _calls
+    _calls += 1
+    if _calls == int(os.environ.get("FAIL_ON_CALL", "0")):
+        raise RuntimeError("the scorer has crashed")
+    return quadratic(images, prompts, metadata)

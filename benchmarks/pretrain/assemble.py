@@ -1,4 +1,4 @@
-"""From trained parts to a folder that plain `StableDiffusion3Pipeline.from_pretrained` loads and samples."""
+"""From trained parts to folders that plain diffusers and transformers load: fp16 on disk, float32 in memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from transformers import CLIPModel, CLIPTokenizer
 
+from .clip import MEAN, STD
 from .flow import TextToImage
 from .text import silent_t5
 
 SHIFT = 3.0  # of the s-grid, as SD3
 
 
-def assemble(model: TextToImage, vae: AutoencoderKL, tokenizer, shift: float, scale: float) -> StableDiffusion3Pipeline:
+def assemble(
+    model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer, shift: float, scale: float
+) -> StableDiffusion3Pipeline:
     """The pipeline; `shift` and `scale` are those of the latents (see `flow.encode_latents`)."""
     vae.register_to_config(shift_factor=float(shift), scaling_factor=float(scale))
     t5, t5_tokenizer = silent_t5()
@@ -36,6 +40,40 @@ def save_half(pipeline: StableDiffusion3Pipeline, folder: Path) -> Path:
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     pipeline.to(dtype=torch.float32)
-    for config in folder.glob("text_encoder*/config.json"):  # transformers loads in the type that stands here
-        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for config in folder.glob("text_encoder*/config.json"):
+        _loads_in_float32(config)
     return folder
+
+
+def save_half_clip(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> Path:
+    """Write a CLIP model in fp16 safetensors with its tokenizer and the settings of its image processor."""
+    model.half().save_pretrained(folder, safe_serialization=True)
+    model.float()
+    tokenizer.save_pretrained(folder)
+    size = json.loads((folder / "config.json").read_text())["vision_config"]["image_size"]
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _loads_in_float32(folder / "config.json")
+    return folder
+
+
+def _loads_in_float32(config: Path) -> None:
+    """transformers loads a model in the type that stands in its config."""
+    content = json.loads(config.read_text())
+    for part in (content, *(content[key] for key in ("text_config", "vision_config") if key in content)):
+        part.pop("torch_dtype", None)
+        part["dtype"] = "float32"
+    config.write_text(json.dumps(content, indent=2) + "\n")

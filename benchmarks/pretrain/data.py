@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ TASK_SHARES = {
 }
 
 
+@lru_cache(maxsize=1)
 def seen_prompts() -> dict[str, list[Metadata]]:
     """The prompts of pretraining by task: everything but the held-out combinations."""
     return {task: prompts("train", [task]) + prompts("test", [task]) for task in TASKS}

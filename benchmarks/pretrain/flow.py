@@ -13,11 +13,12 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from reward_models.shapes.grammar import Metadata
 
 from .data import scene_batch, seen_prompts
-from .loop import fit
+from .loop import CPU, fast_precision, fit
 from .text import MAX_LENGTH, WIDTH, TextEncoders, token_ids
 from .vae import LATENT_CHANNELS
 
@@ -51,7 +52,7 @@ def build() -> SD3Transformer2DModel:
 
 
 class TextToImage(nn.Module):
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.text = TextEncoders(tokenizer)
         self.transformer = build()
@@ -64,7 +65,7 @@ class TextToImage(nn.Module):
 
 
 def encode_latents(vae: AutoencoderKL, folder: Path, *, seed: int = 0, scenes: int = 65536, batch: int = 256) -> Path:
-    """Scenes to latents, once: ``latents`` (n, 12, 8, 8) fp16, zero mean and unit std by channel average, ``prompt`` (n,).
+    """Scenes to latents, once: ``latents`` (n, 12, 8, 8) fp16 of mean 0 and std 1 over all elements, ``prompt`` (n,).
 
     Written in shards, so that a stopped run goes on where it was.
     """
@@ -81,17 +82,17 @@ def encode_latents(vae: AutoencoderKL, folder: Path, *, seed: int = 0, scenes: i
             latents, index = [], []
             for step in range(first // batch, min(first + per_shard, scenes) // batch):
                 metadata, pictures = scene_batch(seed, 3, step, batch)
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                    x = (2 * pictures - 1).contiguous(memory_format=torch.channels_last)
-                    latents.append(vae.encode(x).latent_dist.mode().float())
+                with torch.no_grad(), fast_precision(vae.device):
+                    x = (2 * pictures - 1).to(vae.device, memory_format=torch.channels_last)
+                    latents.append(vae.encode(x).latent_dist.mode().float().cpu())
                 index += [order[m["prompt"]] for m in metadata]
             save_file({"latents": torch.cat(latents).contiguous(), "prompt": torch.tensor(index)}, shard)
             print(f"latents {first + len(index)}/{scenes}", flush=True)
         shards.append(load_file(shard))
-    latents = torch.cat([s["latents"] for s in shards])
-    shift, scale = latents.mean(), 1 / latents.std()
+    everything = torch.cat([s["latents"] for s in shards])
+    shift, scale = everything.mean(), 1 / everything.std()
     tensors = {
-        "latents": ((latents - shift) * scale).half(),
+        "latents": ((everything - shift) * scale).half(),
         "prompt": torch.cat([s["prompt"] for s in shards]),
         "shift": shift,
         "scale": scale,
@@ -106,7 +107,7 @@ def prompt_list() -> list[Metadata]:
 
 def train(
     data: dict[str, Tensor],
-    tokenizer,
+    tokenizer: CLIPTokenizer,
     folder: Path,
     *,
     seed: int = 0,
@@ -114,12 +115,14 @@ def train(
     batch: int = 192,
     lr: float = 1e-3,
     muon_lr: float = 2e-3,
+    device: torch.device = CPU,
+    save_every: int = 500,
     on_save: Callable[[TextToImage, int], None] | None = None,
 ) -> TextToImage:
     """Fit transformer and text encoders; returns them with their EMA weights."""
     torch.manual_seed(seed)
-    model = TextToImage(tokenizer)
-    ids = token_ids(tokenizer, [m["prompt"] for m in prompt_list()] + [""])
+    model = TextToImage(tokenizer).to(device)
+    ids = token_ids(tokenizer, [m["prompt"] for m in prompt_list()] + [""]).to(device)
     empty = len(ids) - 1
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -131,8 +134,9 @@ def train(
         prompt[torch.rand(n, generator=g) < UNCONDITIONAL] = empty
         e = torch.randn(x0.shape, generator=g)
         s = torch.sigmoid(0.4 + 1.1 * torch.randn(n, generator=g))
+        x0, e, s, prompt = (t.to(device) for t in (x0, e, s, prompt))
         x = (1 - s[:, None, None, None]) * x0 + s[:, None, None, None] * e
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision(device):
             v = model(x, s, ids[prompt], 256 if padded else 0).float()
         error = (v - (e - x0)).square().mean((1, 2, 3))
         return error.mean(), {"loss": error.mean().item()}
@@ -142,8 +146,9 @@ def train(
             on_save(model, step)
 
     ema = fit(
-        model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.999, save_every=500, on_save=save
-    )
+        model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.999, save_every=save_every, on_save=save,
+        settings={"seed": seed, "batch": batch, "scenes": len(data["latents"])},
+    )  # fmt: skip
     model.load_state_dict(ema)
     return model
 

@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowrl.checkpoint import Checkpoint, flatten_state, load_latest, save_checkpoint, unflatten_state, writer_lock
+from flowrl.errors import UserError
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def fast_precision(device: torch.device) -> Iterator[None]:
+    """bfloat16 where the processor multiplies it faster than float32; elsewhere float32.
+
+    On a CPU the fused attention is slow backwards in bfloat16 (a third of a small model's step): it is left out.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=fast))
+        if device.type == "cpu" and fast:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def schedule(step: int, steps: int, warmup: int = 200) -> float:
@@ -22,37 +45,16 @@ def schedule(step: int, steps: int, warmup: int = 200) -> float:
 def optimizers(model: nn.Module, lr: float, muon_lr: float | None = None) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices of attention and feed-forward and AdamW for the rest."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = [(name, p) for name, p in named if p.ndim == 2 and ("blocks" in name or "layers" in name)]
-    hidden = [p for name, p in inside if "norm" not in name and "embed" not in name]
     if muon_lr is None:
         return [torch.optim.AdamW([p for _, p in named], lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)]
-    rest = [p for _, p in named if not any(p is h for h in hidden)]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in named:
+        inside = p.ndim == 2 and ("blocks" in name or "layers" in name)
+        groups[inside and "norm" not in name and "embed" not in name].append(p)
     return [
-        torch.optim.Muon(hidden, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4),
+        torch.optim.Muon(groups[True], lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups[False], lr=lr, betas=(0.9, 0.99), weight_decay=1e-4),
     ]
-
-
-def _state_tensors(model: nn.Module, ema: dict[str, Tensor], optims: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    tensors = {f"model/{k}": v for k, v in model.state_dict().items()} | {f"ema/{k}": v for k, v in ema.items()}
-    for i, optimizer in enumerate(optims):
-        for p, slots in optimizer.state_dict()["state"].items():
-            tensors |= {f"optim/{i}/{p}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-    return {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-
-
-def _restore(tensors: dict[str, Tensor], model: nn.Module, ema: dict[str, Tensor], optims: list) -> None:
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
-    for k, v in tensors.items():
-        if k.startswith("ema/"):
-            ema[k[4:]].copy_(v)
-    for i, optimizer in enumerate(optims):
-        state: dict[int, dict[str, Tensor]] = {}
-        for k, v in tensors.items():
-            if k.startswith(f"optim/{i}/"):
-                _, _, p, slot = k.split("/")
-                state.setdefault(int(p), {})[slot] = v
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def fit(
@@ -67,51 +69,103 @@ def fit(
     save_every: int = 500,
     log_every: int = 50,
     on_save: Callable[[int], None] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Train in place and return the EMA of the weights; a second call with the same folder goes on from its checkpoint.
 
-    ``loss(step)`` makes its own batch from the step number, so the stream of batches needs no state.
+    ``loss(step)`` makes its own batch from the step number, so the stream of batches needs no state. ``settings`` are
+    the caller's own numbers (seed, batch, ...): they are kept in the checkpoint, for the model card.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+        FloatingPointError: the loss is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "state.safetensors"
     optims = optimizers(model, lr, muon_lr)
     base_lrs = [group["lr"] for o in optims for group in o.param_groups]
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    first = 0
-    if path.exists():
-        tensors = load_file(path)
-        first = int(tensors.pop("step"))
-        _restore(tensors, model, ema, optims)
-        print(f"resumed at step {first} of {steps}", flush=True)
-    start, totals = time.time(), {}
-    for step in range(first, steps):
-        factor = schedule(step, steps)
-        for group, base in zip((g for o in optims for g in o.param_groups), base_lrs, strict=True):
-            group["lr"] = base * factor
-        value, parts = loss(step)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"loss is {value.item()} at step {step}; expected a finite number")
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optims:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        decay = min(ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for k, v in model.state_dict().items():
-                ema[k].lerp_(v, 1 - decay) if v.is_floating_point() else ema[k].copy_(v)
-        for k, v in parts.items():
-            totals[k] = totals.get(k, 0.0) + v / log_every
-        if (step + 1) % log_every == 0:
-            rate = (step + 1 - first) / (time.time() - start)
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in totals.items())
-            left = (steps - step - 1) / rate / 60
-            print(f"step {step + 1}/{steps}  {numbers}  {rate:.2f} steps/s  {left:.1f} min left", flush=True)
-            totals = {}
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            temporary = path.with_suffix(".tmp")
-            save_file(_state_tensors(model, ema, optims) | {"step": torch.tensor(step + 1)}, temporary)
-            temporary.replace(path)
-            if on_save is not None:
-                on_save(step + 1)
+    facts = {"steps": steps, "lr": lr, "muon_lr": muon_lr, "ema_decay": ema_decay, **(settings or {})}
+    with writer_lock(folder):
+        first, seconds = 0, 0.0
+        if (found := load_latest(folder)) is not None:
+            _check_same_run(found, facts)
+            first, seconds = found.step, found.state["seconds"]
+            _restore(found, model, ema, optims)
+            print(f"resumed at step {first} of {steps}", flush=True)
+        start, totals, counted = time.perf_counter(), dict[str, float](), 0
+        for step in range(first, steps):
+            factor = schedule(step, steps)
+            for group, base in zip((g for o in optims for g in o.param_groups), base_lrs, strict=True):
+                group["lr"] = base * factor
+            value, parts = loss(step)
+            if not torch.isfinite(value):
+                raise FloatingPointError(f"loss is {value.item()} at step {step}; expected a finite number; lower lr")
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optims:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for k, v in model.state_dict().items():
+                    ema[k].lerp_(v, 1 - decay) if v.is_floating_point() else ema[k].copy_(v)
+            totals, counted = {k: totals.get(k, 0.0) + v for k, v in parts.items()}, counted + 1
+            now = seconds + time.perf_counter() - start
+            if (step + 1) % log_every == 0 or step + 1 == steps:
+                rate = (step + 1 - first) / (now - seconds)
+                numbers = "  ".join(f"{k} {v / counted:.4f}" for k, v in totals.items())
+                left = (steps - step - 1) / rate / 60
+                print(f"step {step + 1}/{steps}  {numbers}  {rate:.2f} steps/s  {left:.1f} min left", flush=True)
+                totals, counted = {}, 0
+            if (step + 1) % save_every == 0 or step + 1 == steps:
+                tensors, skeleton = flatten_state(_state(model, ema, optims))
+                state = {"run": facts, "seconds": now, "on": machine(model), "skeleton": skeleton}
+                save_checkpoint(folder, step + 1, tensors, state)
+                if on_save is not None:
+                    on_save(step + 1)
     return ema
+
+
+def load_ema(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Load the EMA weights of the newest checkpoint into ``model``; returns what the stage knows of itself.
+
+    That is its settings, ``done`` (steps taken), ``seconds`` (time in the loop) and ``on`` (what it ran on).
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    found = load_latest(folder)
+    if found is None:
+        raise UserError(f"{folder} holds no checkpoint; expected a trained stage; run that stage first")
+    model.load_state_dict(unflatten_state(found.tensors, found.state["skeleton"])["ema"])
+    return {**found.state["run"], "done": found.step, "seconds": found.state["seconds"], "on": found.state["on"]}
+
+
+def machine(model: nn.Module) -> str:
+    """What a stage runs on, in words for a model card."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU thread(s)"
+
+
+def _state(model: nn.Module, ema: dict[str, Tensor], optims: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    return {"model": model.state_dict(), "ema": ema, "optimizers": [o.state_dict() for o in optims]}
+
+
+def _restore(found: Checkpoint, model: nn.Module, ema: dict[str, Tensor], optims: list[torch.optim.Optimizer]) -> None:
+    state = unflatten_state(found.tensors, found.state["skeleton"])
+    model.load_state_dict(state["model"])
+    for name, tensor in state["ema"].items():
+        ema[name].copy_(tensor)
+    for optimizer, saved in zip(optims, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+
+
+def _check_same_run(found: Checkpoint, facts: dict[str, Any]) -> None:
+    was = found.state["run"]
+    changed = [f"{k} {was.get(k)!r} (now {facts.get(k)!r})" for k in {**was, **facts} if was.get(k) != facts.get(k)]
+    if changed:
+        raise UserError(
+            f"{found.path.parent} holds a run with {', '.join(changed)}; expected the same settings; give them, or "
+            "choose another --out"
+        )

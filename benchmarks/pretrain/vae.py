@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data import scene_batch
-from .loop import fit
+from .loop import CPU, fast_precision, fit, load_ema
 
 LATENT_CHANNELS = 12
 KL_WEIGHT = 2e-4  # small: the posterior noise only smooths the latent space
@@ -42,18 +42,27 @@ def edge_weights(pictures: Tensor) -> Tensor:
     return 1 + EDGE_WEIGHT * span.amax(1, keepdim=True)
 
 
-def train(folder: Path, *, seed: int = 0, steps: int = 4500, batch: int = 16, lr: float = 1.5e-3) -> AutoencoderKL:
+def train(
+    folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = 3000,
+    batch: int = 16,
+    lr: float = 1.5e-3,
+    device: torch.device = CPU,
+    save_every: int = 500,
+) -> AutoencoderKL:
     """Fit the autoencoder and return it with its EMA weights (without the scaling of the latents)."""
     torch.manual_seed(seed)
-    model = build().to(memory_format=torch.channels_last)
+    model = build().to(device, memory_format=torch.channels_last)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        pictures = scene_batch(seed, 1, step, batch)[1].contiguous(memory_format=torch.channels_last)
+        pictures = scene_batch(seed, 1, step, batch)[1].to(device, memory_format=torch.channels_last)
         noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision(device):
             posterior = model.encode(2 * pictures - 1).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=noise)
+            latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=noise).to(device)
             decoded = (model.decode(latents).sample.float() + 1) / 2
         error = (decoded - pictures).abs()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
@@ -62,13 +71,24 @@ def train(folder: Path, *, seed: int = 0, steps: int = 4500, batch: int = 16, lr
         return value, {"l1": error.mean().item(), "mse": mse, "kl": kl.item()}
 
     def show(step: int) -> None:
-        _, pictures = scene_batch(seed, 2, 0, 8)
+        pictures = scene_batch(seed, 2, 0, 8)[1].to(device)
         with torch.no_grad():
             decoded = (model.decode(model.encode(2 * pictures - 1).latent_dist.mode()).sample + 1) / 2
         rows = torch.cat([torch.cat(list(pictures), 2), torch.cat(list(decoded.clamp(0, 1)), 2)], 1)
-        sheet = Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().numpy())
-        sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST).save(folder / f"step_{step:06d}.png")
+        sheet = Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+        large = sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST)
+        large.save(folder / f"step_{step:06d}.png")
 
-    ema = fit(model, loss, folder, steps=steps, lr=lr, ema_decay=0.998, on_save=show)
+    ema = fit(
+        model, loss, folder, steps=steps, lr=lr, ema_decay=0.998, save_every=save_every, on_save=show,
+        settings={"seed": seed, "batch": batch},
+    )  # fmt: skip
     model.load_state_dict(ema)
     return model
+
+
+def load(folder: Path, device: torch.device = CPU) -> AutoencoderKL:
+    """The trained autoencoder of a folder, frozen. Raises UserError if there is none."""
+    model = build()
+    load_ema(model, folder)
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)

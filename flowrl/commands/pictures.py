@@ -24,20 +24,29 @@ LISTING = "samples.jsonl"
 
 
 def open_policy(path: str, *, lora: str | None = None, device: str = "auto", dtype: str = "float32") -> Policy:
-    """A policy to draw from: a pipeline (bundled name, folder, hub id) or the folder of a run, with its adapter."""
+    """A policy to draw from: a pipeline (bundled name, folder, hub id) or the folder of a run, with what it trained."""
     from flowrl.policies import LoraSettings, load_policy
 
-    run = Path(path)
-    if lora is None and (run / "config.yaml").is_file():
+    run, revision, whole = Path(path), None, None
+    if lora is None and (run / "config.yaml").is_file() and not (run / "model_index.json").exists():  # a merged export
         adapter = run / "adapter"
         if not adapter.is_dir():
             raise UserError(
                 f"{path} is a run without a finished adapter/; expected one that `flowrl train` has ended; "
                 f"finish it with --resume, or export it with `flowrl export {path}`"
             )
-        path, lora = read_yaml(run / "config.yaml")["policy"]["path"], str(adapter)
+        chosen = read_yaml(run / "config.yaml")["policy"]
+        path, revision = chosen["path"], chosen.get("revision")
+        if chosen.get("train") == "full":
+            whole = adapter / "transformer"
+        else:
+            lora = str(adapter)
     settings = None if lora is None else LoraSettings(source=lora)
-    return load_policy(path, device=device, dtype=dtype, lora=settings, train="none")
+    policy = load_policy(path, device=device, dtype=dtype, lora=settings, train="none", revision=revision)
+    if whole is not None:
+        transformer = policy.pipeline.transformer
+        transformer.load_state_dict(type(transformer).from_pretrained(whole).state_dict())
+    return policy
 
 
 def given_prompts(texts: Sequence[str], source: str | None, limit: int | None) -> list[Prompt]:
@@ -89,13 +98,13 @@ def score(
     import torch
 
     import reward_models
+    from flowrl.policies.loading import find_device
     from flowrl.rewards import load_reward
     from flowrl.statistics import task_mean_ci
 
     folder = Path(images)
     rows = _rows(folder, prompts)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    scorer = load_reward(parse_yaml(reward, "--reward"), where)
+    scorer = load_reward(parse_yaml(reward, "--reward"), find_device(device))
     results: list[dict[str, Any]] = []
     for group in _batches(rows, 64):
         pictures = [_read(folder / row["image"]) for row in group]

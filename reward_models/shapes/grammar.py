@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import permutations, product
 from typing import Any
@@ -120,11 +121,12 @@ def _by_split() -> dict[str, tuple[Metadata, ...]]:
     return {split: tuple(m for m in everything if _split(m) == split) for split in SPLITS}
 
 
-def prompts(split: str, tasks: list[str] | tuple[str, ...] | None = None, per_task: int | None = None) -> list[Metadata]:
+def prompts(split: str, tasks: Sequence[str] | None = None, per_task: int | None = None) -> list[Metadata]:
     """All prompts of a split, in a fixed order that mixes the phrasings and combinations of a task.
 
     Args:
-        split: "train" (about four fifths of the seen combinations), "test" (the rest of them) or "held_out".
+        split: "train" (about four fifths of the prompts with seen combinations), "test" (the rest of these prompts;
+            what they ask for occurs in "train" too, in another phrasing) or "held_out" (combinations seen in neither).
         tasks: the tasks to keep, default all of ``TASKS``.
         per_task: keep at most this many prompts of each task.
 
@@ -165,7 +167,8 @@ def parse(prompt: str) -> Metadata | None:
         return {**_metadata("", "counting", include), "prompt": prompt}
     if match := _ONE.fullmatch(body):
         colour, shape = match.groups()
-        return {"tag": "colors" if colour else "single_object", "include": [_clause(shape, 1, colour)], "prompt": prompt}
+        tag = "colors" if colour else "single_object"
+        return {"tag": tag, "include": [_clause(shape, 1, colour)], "prompt": prompt}
     if match := _TWO.fullmatch(body):
         colour_a, a, link, colour_b, b = match.groups()
         if link == "and":

@@ -177,6 +177,8 @@ def test_sample_then_score(model: Path, tmp_path: Path) -> None:
     scored = run("score", out, "--reward", "jpeg", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "x.jsonl")
     assert scored.exit_code == 0 and len((tmp_path / "x.jsonl").read_text().splitlines()) == 4
     assert run("score", out, "--reward", "jpgg", "--prompts", tmp_path / "p.txt").exit_code == 2
+    asked = run("score", out, "--reward", "jpeg", "--prompts", tmp_path / "p.txt", "--device", "tpu")
+    assert asked.exit_code == 2 and "got device 'tpu'" in asked.output
     assert run("score", tmp_path / "none", "--reward", "jpeg").exit_code == 2
 
 
@@ -193,6 +195,7 @@ def test_bench_shapes(model: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     mean = sum(task["mean"] for task in summary["tasks"].values()) / 6
     assert summary["scores"]["shapes"]["mean"] == pytest.approx(mean)
+    assert summary["correct_images"] == summary["prompts_with_a_correct_image"] == pytest.approx(mean)  # 1 image each
     assert run(*map(str, arguments)).exit_code == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def test_a_small_local_policy_is_timed(pipelines: dict) -> None:
 
 
 def test_an_incomplete_folder_is_explained(pipelines: dict, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text((pipelines["sd3"][1] / "model_index.json").read_text())
+    shutil.copytree(pipelines["sd3"][1], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "transformer" / "config.json").unlink()
     with pytest.raises(UserError, match=r"transformer/config\.json.*complete pipeline folder"):
         estimate(config_of(tmp_path))

@@ -10,6 +10,7 @@ import torch
 import yaml
 from tiny_pipelines import tiny_flux, tiny_sd3
 
+from flowrl.commands.pictures import open_policy
 from flowrl.errors import UserError
 from flowrl.export import (
     export_lora,
@@ -391,3 +392,20 @@ def test_export_from_a_checkpoint(tmp_path):
     export(run, tmp_path / "merged", merge=True, device="cpu")
     whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(output(whole.transformer, base), output(plain.transformer, base), rtol=1e-5, atol=1e-5)
+    opened = open_policy(str(tmp_path / "merged"), device="cpu")  # its config.yaml does not make it a run
+    assert torch.equal(output(opened.pipeline.transformer, base), output(whole.transformer, base))
+
+
+def test_a_run_that_trained_all_weights_can_be_sampled(tmp_path):
+    tiny_sd3(tmp_path / "parts").save_pretrained(tmp_path / "model")
+    base, run = ("sd3", tmp_path / "model"), tmp_path / "run"
+    policy = PipelinePolicy(load(base), train="full")
+    randomise(policy, seed=2)
+    policy.drop_text_encoders()  # as a run does: the export then holds the transformer alone
+    run.mkdir()
+    chosen = settings(str(tmp_path / "model"))
+    chosen["policy"]["train"] = "full"
+    (run / "config.yaml").write_text(yaml.safe_dump(chosen))
+    export_policy(policy, run, run / "adapter", sheet=False)
+    opened = open_policy(str(run), device="cpu")
+    assert torch.equal(output(opened.pipeline.transformer, base), output(policy.pipeline.transformer, base))

@@ -78,6 +78,7 @@ def test_a_limit_is_spread_over_the_tags(tmp_path: Path) -> None:
         ("nokey.jsonl", '{"prompt": "a"}\n{"text": "a"}', "prompt 2: got the keys text"),
         ("number.jsonl", '{"prompt": 3}', "got prompt = 3"),
         ("nocolumn.csv", "text,id\na,1\n", "has the columns text, id"),
+        ("quote.csv", 'prompt\na\n"b\n' + "c\n" * 100_000, "correct the quotation marks"),
         ("wrong.parquet", b"PAR1", ".txt, .jsonl or .csv"),
     ],
 )

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -95,6 +96,22 @@ def test_sigkill_loses_no_line_that_was_written(tmp_path):
     assert len(rows) >= 200
     assert [row["update"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[199]["kl"] == 200 / 7
+
+
+def test_a_full_disk_is_explained_and_costs_one_update(tmp_path):
+    """Through the kernel: files of this process may not grow for a moment."""
+    with quiet(tmp_path) as log:
+        write(log, 0, 2)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        try:
+            with pytest.raises(UserError, match="could not write .*metrics.jsonl: .*continue with --resume"):
+                write(log, 3, 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with quiet(tmp_path, resumed=2) as log:
+        write(log, 3, 4)
+    assert [row["update"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_a_new_run_does_not_write_over_an_old_log(tmp_path):

@@ -202,9 +202,8 @@ def test_two_passes_give_the_gradient_of_one(micro_batch):
         one, first, _ = made.mine(objective, micro_batch)
         two, second, _ = made.mine(TwoPass(objective), micro_batch)
         torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-8)
-        ours, theirs = first.result(), second.result()
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["ratio/max_dev"] == pytest.approx(theirs["ratio/max_dev"], rel=1e-5)
+        assert first.result()["loss"] == pytest.approx(second.result()["loss"], rel=1e-5)
+    assert first.result() == pytest.approx(second.result(), rel=1e-4, abs=1e-7)  # with the KL both use all rows
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 64])

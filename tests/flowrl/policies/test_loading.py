@@ -1,6 +1,7 @@
 """load_policy: what it accepts, and what it says otherwise."""
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -51,6 +52,7 @@ def test_options_arrive(folders, tmp_path):
         ({"attention": "sage"}, "attention 'sage'; expected one of native, xformers, flash"),
         ({"train": "all"}, "train 'all'"),
         ({"device": "gpu"}, "device 'gpu'; expected 'auto', 'cpu', 'cuda'"),
+        ({"device": "mps"}, "device 'mps'; expected 'auto', 'cpu', 'cuda'"),
         ({"attention": "xformers"}, "attention 'xformers' on device cpu; expected 'native'"),
         ({"quantize": "nf4"}, "quantize 'nf4' on device cpu; expected a CUDA device"),
         ({"quantize": "nf4", "train": "full"}, "quantised weights are fixed"),
@@ -104,6 +106,35 @@ def test_an_incomplete_folder(folders, tmp_path):
     (tmp_path / "transformer" / "config.json").write_text((folders["sd3"] / "transformer" / "config.json").read_text())
     with pytest.raises(UserError, match="missing or unreadable.*complete pipeline"):
         load_policy(tmp_path)
+
+
+def _remove_tokenizer(folder):
+    shutil.rmtree(folder / "tokenizer")
+
+
+def _cut_encoder_short(folder):
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def _change_width(folder):
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "in_channels": 8}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove_tokenizer, "without tokenizer; expected a complete pipeline folder"),
+        (_cut_encoder_short, "missing or unreadable"),
+        (_change_width, "missing or unreadable.*expected shape"),
+    ],
+)
+def test_a_damaged_folder(folders, tmp_path, damage, message):
+    copy = shutil.copytree(folders["sd3"], tmp_path / "copy")
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        load_policy(copy)
 
 
 def test_hub_failures_say_what_to_do(monkeypatch):

@@ -23,7 +23,7 @@ def quantised(folders, monkeypatch):
         monkeypatch.setattr(kind, "update_device_map", lambda self, device_map: {"": "cpu"})
 
     def load(name: str, quantize: str, **arguments) -> PipelinePolicy:
-        index = loading._model_index(str(folders[name]), None)
+        index = loading.model_index(str(folders[name]), None)
         pipeline = loading._load_pipeline(str(folders[name]), index, torch.float32, quantize, None, "lora")
         return PipelinePolicy(pipeline, **arguments)
 

@@ -1,0 +1,112 @@
+"""From the checkpoints of the stages to the folders that ship, their measurements and their model cards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from flowrl.errors import UserError
+
+from . import measure
+from .assemble import assemble, save_half, save_half_clip
+from .cards import clip_card, sd3_card
+from .clip import Trainee
+from .flow import TextToImage
+from .loop import load_ema
+from .text import write_tokenizer
+from .vae import build as build_vae
+
+MOST_MB = {"tiny-sd3": 12.0, "tiny-clip": 3.0}  # limits of what ships
+MEASURED = "measured.json"
+
+
+def parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def _finished(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Load EMA weights into ``model``; what the stage says of itself."""
+    facts = load_ema(model, folder)
+    if facts["done"] < facts["steps"]:
+        raise UserError(
+            f"{folder} is at step {facts['done']} of {facts['steps']}; expected a finished stage; run the stage again, "
+            "it goes on where it was"
+        )
+    return facts
+
+
+def export_sd3(out: Path, to: Path) -> dict[str, Any]:
+    """Write ``to/tiny-sd3`` from the stages in ``out``; returns the facts that need no measurement."""
+    tokenizer = write_tokenizer(out / "tokenizer")
+    vae, model = build_vae(), TextToImage(tokenizer)
+    training = {"vae": _finished(vae, out / "vae"), "flow": _finished(model, out / "flow")}
+    with safe_open(out / "latents" / "latents.safetensors", "pt") as file:
+        shift, scale = (float(file.get_tensor(name)) for name in ("shift", "scale"))
+    pipeline = assemble(model, vae, tokenizer, shift, scale)
+    sizes = {
+        "transformer": parameters(pipeline.transformer),
+        "text": parameters(pipeline.text_encoder, pipeline.text_encoder_2),
+        "vae": parameters(pipeline.vae),
+        "t5": parameters(pipeline.text_encoder_3),
+    }
+    return _publish(lambda folder: save_half(pipeline, folder), to / "tiny-sd3", sizes, training)
+
+
+def export_clip(out: Path, to: Path) -> dict[str, Any]:
+    """Write ``to/tiny-clip``; returns the facts that need no measurement."""
+    tokenizer = write_tokenizer(out / "tokenizer")
+    trainee = Trainee(tokenizer)
+    training = {"clip": _finished(trainee, out / "clip")}
+    sizes = {"all": parameters(trainee.clip)}
+    model = trainee.model()
+    return _publish(lambda folder: save_half_clip(model, tokenizer, folder), to / "tiny-clip", sizes, training)
+
+
+def _publish(save: Any, folder: Path, sizes: dict[str, int], training: dict[str, Any]) -> dict[str, Any]:
+    """Write beside, check the size, then replace the folder that was there."""
+    fresh = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save(fresh)
+    if (size := megabytes(fresh)) > MOST_MB[folder.name]:
+        raise UserError(f"{fresh} has {size:.1f} MB; expected at most {MOST_MB[folder.name]}; make the model smaller")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(fresh, folder)
+    print(f"{folder}: {size:.2f} MB", flush=True)
+    return {"weights": measure.weights_hash(folder), "megabytes": size, "parameters": sizes, "training": training}
+
+
+def measure_sd3(folder: Path, work: Path, facts: dict[str, Any], *, device: str, limit: int, images: int) -> Path:
+    """Measure tiny-sd3, write ``measured.json`` and the card; returns the folder of the pictures drawn for the test."""
+    here = work / f"tiny-sd3-{facts['weights']}-{limit}x{images}"
+    vae = measure.load_vae(folder, device)
+    facts |= {
+        "vae": measure.vae_numbers(vae),
+        "scores": measure.sd3_numbers(folder, here, device=device, limit=limit, images=images),
+        "plain": measure.plain_numbers(folder, device=device, limit=max(limit // 4, 6)),
+    }
+    _write(folder, facts, sd3_card(facts))
+    return here / measure.folder_name(*measure.SETTINGS[0])
+
+
+def measure_clip(folder: Path, drawn: Path | None, facts: dict[str, Any], *, device: str, per_task: int) -> None:
+    """Measure tiny-clip, as a judge too if pictures of tiny-sd3 are given; write ``measured.json`` and the card."""
+    facts |= measure.clip_numbers(folder, device=device, per_task=per_task)
+    if drawn is not None:
+        facts["judge"] = measure.judge_numbers(folder, drawn, device=device)
+    _write(folder, facts, clip_card(facts))
+
+
+def _write(folder: Path, facts: dict[str, Any], card: str) -> None:
+    (folder / MEASURED).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"{folder / 'README.md'} written", flush=True)
