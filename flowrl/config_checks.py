@@ -187,7 +187,8 @@ def _evaluation(config: Config) -> Iterator[Problem]:
     evaluation = config.eval
     if evaluation is None:
         return
-    if evaluation.judge is not None and evaluation.judge in reward_names(config.reward):
+    trained = set(reward_names(config.reward)) - {"clip"}  # clip is any CLIP folder: two of them may differ
+    if evaluation.judge is not None and trained & set(reward_names(evaluation.judge)):
         yield Problem(
             ("eval.judge", "reward"),
             f"eval.judge {evaluation.judge!r} is also trained on; expected a scorer held out from training, so that "

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowrl.errors import UserError
+from flowrl.policies.loading import find_device
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,12 @@ class World:
 
         Raises UserError when CUDA is asked for where there is none.
         """
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(
-                f"got device {device!r}, but torch {torch.__version__} sees no CUDA device here; expected cpu or auto; "
-                "set policy.device=cpu, or install a CUDA build of torch and check nvidia-smi"
-            )
-        cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        found = find_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return World(0, 1, torch.device(device if device != "auto" else "cuda" if cuda else "cpu"))
+            return World(0, 1, found)
         from accelerate import PartialState  # it knows every launcher's variables
 
-        state = PartialState(cpu=not cuda)
+        state = PartialState(cpu=found.type == "cpu")
         return World(state.process_index, state.num_processes, state.device)
 
     @property

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from reward_models.protocol import Reward
 
 
-def load_reward(spec: str | Mapping[str, Any], device: str | torch.device = "cpu") -> Reward:
+def load_reward(spec: str | Mapping[str, Any], device: str | torch.device = "cpu", **options: Any) -> Reward:
     """`reward_models.load`, with its complaints about the specification as UserError."""
     import reward_models
 
     try:
-        return reward_models.load(spec, device=device)
+        return reward_models.load(spec, device=device, **options)
     except ValueError as error:
         raise UserError(str(error)) from error

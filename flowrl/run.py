@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,15 +25,18 @@ from flowrl.errors import UserError
 from flowrl.guards import Change, StopSignals, find_alarms
 from flowrl.policies import Policy
 from flowrl.prompts import Prompt, load_prompts, prompt_batch
-from flowrl.runlog import RunLog
+from flowrl.runlog import METRICS, RunLog
 from flowrl.schema import EvalConfig
 from flowrl.state import State
 from flowrl.summary import ROW_FILES, EvalRow, build_summary, headline, names, paired, read_rows, write_summary
 from flowrl.update import with_halving
+from reward_models.protocol import RewardSpec
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 # What may differ when a run is resumed: nothing that a number of its metrics depends on.
 FREE_ON_RESUME = ("output_dir", "updates", "checkpoint", "logging", "threads")
+# Nor these, beyond rounding: they bound the memory.
+MEMORY = (("rollout", "chunk"), ("optimizer", "micro_batch"))
 
 
 class Stopped(Exception):
@@ -64,8 +67,8 @@ class Run:
 
     @staticmethod
     @contextmanager
-    def open(config: Config, world: World, *, resume: bool) -> Iterator[Run]:
-        """Claim `config.output_dir` for this run.
+    def open(config: Config, world: World, *, resume: bool, rewards: Sequence[RewardSpec] = ()) -> Iterator[Run]:
+        """Claim `config.output_dir` for this run. `rewards`: what is trained on and the judge, for the model card.
 
         Raises UserError when it holds another run, holds this one and `resume` is not set, or has nothing to resume.
         """
@@ -74,7 +77,7 @@ class Run:
             if world.main:
                 try:
                     _claim(config, folder, resume, stack)
-                    write_environment(folder, str(world.device), world.size)
+                    write_environment(folder, str(world.device), world.size, rewards)
                 except UserError as error:
                     problem = error
             world.agree(problem)
@@ -299,7 +302,9 @@ def _claim(config: Config, folder: Path, resume: bool, stack: ExitStack) -> None
 
 def _check_folder(config: Config, folder: Path, resume: bool) -> None:
     path = folder / CONFIG
-    if not path.exists():
+    traces = (METRICS, *ROW_FILES.values(), f"{CHECKPOINTS}/step_*")
+    begun = any(any(folder.glob(trace)) for trace in traces)
+    if not path.exists() or not (begun or resume):  # a run that failed before it measured anything blocks nothing
         if resume:
             raise UserError(
                 f"got --resume, but {folder} holds no run; expected one with {CONFIG}; check output_dir, or leave out "
@@ -308,6 +313,8 @@ def _check_folder(config: Config, folder: Path, resume: bool) -> None:
         return
     old = read_yaml(path)
     new = parse_yaml(resolved_yaml(config), CONFIG)
+    for section, name in MEMORY:
+        old.get(section, {}).pop(name, None), new[section].pop(name)
     different = sorted(k for k in {*old, *new} - {*FREE_ON_RESUME} if old.get(k) != new.get(k))
     if not resume or different:
         what = f"a different run (its {', '.join(different)} differ)" if different else "this run already"

@@ -191,7 +191,10 @@ class EvalConfig(Section):
     rewards: RewardSpec = Field(
         default_factory=lambda: {"shapes": 1.0}, description="what is reported; any form that reward takes"
     )
-    judge: str | None = Field("tiny-clip", description="a scorer that is never trained on; null: none")
+    judge: RewardSpec | None = Field(
+        "tiny-clip",
+        description="a CLIP-type scorer that is never trained on: a name, or {clip: {path: FOLDER}}; null: none",
+    )
 
 
 class CheckpointConfig(Section):
@@ -213,7 +216,9 @@ class SelfCheck(Section):
     bound: float = Field(
         1e-5, ge=0.0, description="largest |ratio - 1| in float32 on an accelerator; on a CPU it must be exactly 0"
     )
-    bound_low_precision: float = Field(1e-2, ge=0.0, description="largest |ratio - 1| in bfloat16 and float16")
+    bound_low_precision: float | None = Field(
+        None, ge=0.0, description="largest |ratio - 1| in bfloat16 and float16; null: the clip range"
+    )
 
 
 class Alarms(Section):

@@ -27,7 +27,7 @@ from flowrl.prompts import Prompt, Slot, load_prompts, prompt_batch, split
 from flowrl.rewards import load_reward
 from flowrl.run import Run, Stopped
 from flowrl.state import State
-from flowrl.update import Batch, UpdateSettings, accumulate_gradients, check_on_policy, with_halving
+from flowrl.update import Batch, RootConditioning, UpdateSettings, accumulate_gradients, check_on_policy, with_halving
 from reward_models.image_stats import image_statistics, in_group_diversity
 from reward_models.protocol import Reward, RewardError, RewardResult, checked_score, to_8bit
 
@@ -58,7 +58,9 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
         objective = get_objective(
             config.objective.name, clip_range=config.objective.clip, kl_weight=config.objective.kl.weight
         )
-        run = stack.enter_context(Run.open(config, world, resume=resume))
+        judge = scorers and scorers.judge
+        specs = [scorer.spec for scorer in (reward, judge) if scorer is not None]
+        run = stack.enter_context(Run.open(config, world, resume=resume, rewards=specs))
         policy = policy or _load_policy(config, world, run)
         _check_sizes(config, policy)
         state = State.create(config, policy)
@@ -88,7 +90,8 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 place = torch.tensor([place for place, _ in roots])
                 groups = place.repeat_interleave(len(plan.leaves))
                 with torch.no_grad():
-                    images = to_8bit(policy.decode(tree.leaves.flatten(0, 1)))
+                    leaves = tree.leaves.flatten(0, 1).split(run.chunk)
+                    images = torch.cat([to_8bit(policy.decode(part)).cpu() for part in leaves])
                 where = f"update {state.update + 1}"
                 require_finite({"the latents": tree.leaves, "the images": images}, where, world.max)
                 result = _score(reward, images, chosen, groups, world)
@@ -123,7 +126,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
             state.cost += _cost(tree.cost, used, policy.calls(config.rollout.guidance), world)
 
             # log, look, save
-            values = _measure(result, advantages, images, chosen, groups, scorers and scorers.judge, world)
+            values = _measure(result, advantages, images, chosen, groups, judge, world)
             values |= metrics.result(world.sum, world.max)
             values |= {"grad_norm": sum(norms) / len(norms) if norms else float("nan"), "lr": rate}
             alarms = state.alarms.add(state.update, values)
@@ -184,19 +187,20 @@ def _load_policy(config: Config, world: World, run: Run) -> Policy:
         train=p.train,
         cache_dir=run.folder / "embeddings" if p.embedding_cache else None,
         revision=p.revision,
-        reference=p.reference,
+        reference=p.reference and config.objective.kl.weight > 0,  # nothing else looks at it
     )
 
 
-def _encode(policy: Policy, prompts: list[Prompt], roots: list[tuple[int, Slot]]) -> Any:
-    """Conditioning of every root."""
+def _encode(policy: Policy, prompts: list[Prompt], roots: list[tuple[int, Slot]]) -> RootConditioning:
+    """Conditioning of every root; each prompt is held once, however many images it has."""
     texts = list(dict.fromkeys(prompts[slot.prompt].text for _, slot in roots))
     row = {text: i for i, text in enumerate(texts)}
-    return policy.encode(texts)[torch.tensor([row[prompts[slot.prompt].text] for _, slot in roots])]
+    return RootConditioning(policy.encode(texts), torch.tensor([row[prompts[slot.prompt].text] for _, slot in roots]))
 
 
 def _rollout(
-    config: Config, policy: Policy, plan: samplers.Plan, update: int, roots: list[tuple[int, Slot]], cond: Any, run: Run
+    config: Config, policy: Policy, plan: samplers.Plan, update: int, roots: list[tuple[int, Slot]],
+    cond: RootConditioning, run: Run,
 ) -> samplers.Tree:  # fmt: skip
     r, per_group = config.rollout, config.group_size // len(plan.leaves)
     keys = [
@@ -244,7 +248,8 @@ def _update_guidance(config: Config) -> float:
 def _self_check(config: Config, policy: Policy, batch: Batch, world: World) -> float:
     """Largest |ratio - 1| over all processes before the first optimizer step; GuardStop outside the bound."""
     check, exact = config.self_check, config.policy.dtype == "float32"
-    bound = 0.0 if exact and world.device.type == "cpu" else check.bound if exact else check.bound_low_precision
+    low = min(config.objective.clip) if check.bound_low_precision is None else check.bound_low_precision
+    bound = 0.0 if exact and world.device.type == "cpu" else check.bound if exact else low
     network = getattr(policy, "network", None)
     deviation, failure = float("inf"), None
     try:
@@ -293,13 +298,24 @@ def _cost(sampled: samplers.Cost, states: int, calls: int, world: World) -> samp
 def _scorers(config: Config, world: World) -> evaluation.Scorers | None:
     if config.eval is None:
         return None
-    judge = load_reward(config.eval.judge, device=world.device) if config.eval.judge else None
+    judge = _judge(config.eval.judge, world) if config.eval.judge else None
     if judge is not None and not hasattr(judge, "features"):
         raise UserError(
             f"got eval.judge {config.eval.judge!r}, which has no image features; expected a CLIP-type scorer such as "
             "tiny-clip; name another, or null"
         )
     return evaluation.Scorers(load_reward(config.eval.rewards, device=world.device), judge)  # type: ignore[arg-type]
+
+
+def _judge(spec: str | dict[str, Any], world: World) -> Reward:
+    """The scorer itself, not a weighted sum of one: its image features are needed too."""
+    if isinstance(spec, str):
+        return load_reward(spec, device=world.device)
+    if len(spec) != 1:
+        raise UserError(f"got eval.judge with {len(spec)} scorers; expected one, such as {{clip: {{path: FOLDER}}}}")
+    ((name, options),) = spec.items()
+    options = options if isinstance(options, dict) else {}
+    return load_reward(name, device=world.device, **{key: v for key, v in options.items() if key != "weight"})
 
 
 def _measure(

@@ -26,15 +26,27 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class RootConditioning:
+    """Conditioning of the roots of a rollout: a row per prompt, and which row each root has, (R,)."""
+
+    prompts: Conditioning
+    row: Tensor
+
+    def __getitem__(self, roots: Tensor) -> Conditioning:
+        """Rows of these roots, (n,) long."""
+        return self.prompts[self.row.to(roots.device)[roots]]
+
+
+@dataclass(frozen=True)
 class Batch:
     """A rollout with its credit: everything an update needs.
 
-    cond: conditioning of each root. advantage, weight: (E,) of the tree's edges, weight 0 = out of the loss.
+    cond: conditioning by root. advantage, weight: (E,) of the tree's edges, weight 0 = out of the loss.
     part: (M,) which inner update a state belongs to.
     """
 
     tree: samplers.Tree
-    cond: Conditioning
+    cond: RootConditioning
     advantage: Tensor
     weight: Tensor
     group: Tensor

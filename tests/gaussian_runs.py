@@ -28,7 +28,7 @@ def config(folder: Path, *overrides: str, processes: int = 1) -> Config:
         prompts.write_text("\n".join(PROMPTS) + "\n")
     data = {
         "output_dir": str(folder / "run"),
-        "policy": {"path": "gaussian", "device": "cpu"},
+        "policy": {"path": "gaussian", "device": "cpu", "dtype": "float32"},
         "reward": "gaussian_runs:quadratic",
         "prompts": {"source": str(prompts)},
         "updates": 4,

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reward_models.shapes.grammar import TASKS, Metadata, prompts
+from reward_models.shapes import grammar
+from reward_models.shapes.grammar import TASKS, Metadata
 from reward_models.shapes.render import render, sample_scene
 
 # Shares of the tasks in pretraining: hard tasks are seen more often.
@@ -25,7 +26,7 @@ TASK_SHARES = {
 @lru_cache(maxsize=1)
 def seen_prompts() -> dict[str, list[Metadata]]:
     """The prompts of pretraining by task: everything but the held-out combinations."""
-    return {task: prompts("train", [task]) + prompts("test", [task]) for task in TASKS}
+    return {task: grammar.seen_prompts(task) for task in TASKS}
 
 
 def draw_scene(table: dict[str, list[Metadata]], rng: np.random.Generator) -> tuple[Metadata, np.ndarray]:

@@ -11,6 +11,7 @@ carry a colour ("three red stars"), so that every task has enough prompts for an
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,6 +26,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "test", "held_out")
 PHRASES = ("a photo of", "a picture of", "a drawing of", "an image of")
+TEST_SHARE = 0.25  # of the seen contents of each task
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -108,25 +110,42 @@ def has_held_out_combination(metadata: Metadata) -> bool:
     return False
 
 
-def _split(metadata: Metadata) -> str:
-    if has_held_out_combination(metadata):
-        return "held_out"
-    digest = hashlib.blake2b(metadata["prompt"].encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % 5 == 0 else "train"
+def _digest(text: str, purpose: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=purpose).digest(), "big")
+
+
+def _body(content: tuple[str, list[Metadata]]) -> str:
+    return describe(*content)
 
 
 @lru_cache(maxsize=1)
 def _by_split() -> dict[str, tuple[Metadata, ...]]:
-    everything = [_metadata(phrase, tag, include) for (tag, include), phrase in product(_contents(), PHRASES)]
-    return {split: tuple(m for m in everything if _split(m) == split) for split in SPLITS}
+    """Splits are made of contents ("two red stars"): a test prompt is never a training prompt in other words."""
+    train: list[Metadata] = []
+    test: list[Metadata] = []
+    held_out: list[Metadata] = []
+
+    def once(content: tuple[str, list[Metadata]]) -> Metadata:
+        return _metadata(PHRASES[_digest(_body(content), b"phrase") % len(PHRASES)], *content)
+
+    for task in TASKS:
+        contents = [content for content in _contents() if content[0] == task]
+        held_out += [once(c) for c in contents if has_held_out_combination(_metadata("", *c))]
+        seen = [c for c in contents if not has_held_out_combination(_metadata("", *c))]
+        seen.sort(key=lambda content: _digest(_body(content), b"split"))
+        cut = math.ceil(TEST_SHARE * len(seen))
+        test += [once(content) for content in seen[:cut]]
+        train += [_metadata(phrase, *content) for content in seen[cut:] for phrase in PHRASES]
+    return {"train": tuple(train), "test": tuple(test), "held_out": tuple(held_out)}
 
 
 def prompts(split: str, tasks: Sequence[str] | None = None, per_task: int | None = None) -> list[Metadata]:
     """All prompts of a split, in a fixed order that mixes the phrasings and combinations of a task.
 
     Args:
-        split: "train" (about four fifths of the prompts with seen combinations), "test" (the rest of these prompts;
-            what they ask for occurs in "train" too, in another phrasing) or "held_out" (combinations seen in neither).
+        split: "train" (three quarters of the contents that a model of the box has seen in pretraining, in every
+            phrasing), "test" (the other seen contents, each in one phrasing: independent units for intervals) or
+            "held_out" (contents with a combination that was never seen, each in one phrasing).
         tasks: the tasks to keep, default all of ``TASKS``.
         per_task: keep at most this many prompts of each task.
 
@@ -138,15 +157,18 @@ def prompts(split: str, tasks: Sequence[str] | None = None, per_task: int | None
     wanted = TASKS if tasks is None else tuple(tasks)
     if unknown := [task for task in wanted if task not in TASKS]:
         raise ValueError(f"unknown Shapes task {unknown[0]!r}; expected some of {', '.join(TASKS)}")
-
-    def mixing(metadata: Metadata) -> bytes:
-        return hashlib.blake2b(metadata["prompt"].encode(), digest_size=8, person=b"order").digest()
-
     chosen: list[Metadata] = []
     for task in TASKS:
         if task in wanted:
-            chosen += sorted((m for m in _by_split()[split] if m["tag"] == task), key=mixing)[:per_task]
+            found = [metadata for metadata in _by_split()[split] if metadata["tag"] == task]
+            chosen += sorted(found, key=lambda metadata: _digest(metadata["prompt"], b"order"))[:per_task]
     return chosen
+
+
+def seen_prompts(task: str) -> list[Metadata]:
+    """The prompts of pretraining: every phrasing of every content of a task without a held-out combination."""
+    everything = (_metadata(phrase, *content) for content in _contents() if content[0] == task for phrase in PHRASES)
+    return [metadata for metadata in everything if not has_held_out_combination(metadata)]
 
 
 _WORDS = {plural(s): s for s in SHAPES} | {s: s for s in SHAPES}

@@ -74,7 +74,9 @@ def test_an_uneven_split(tmp_path):
 
 
 def test_missing_rewards_inner_updates_and_epochs(tmp_path):
+    """And an evaluation of a single prompt, of which the second process gets nothing."""
     options = ["updates=2", "optimizer.inner_updates=2", "optimizer.epochs=2", "reward=gaussian_runs:with_gaps"]
+    options += [evaluated(tmp_path / "one").replace("limit: 2", "limit: 1")]
     rows = same_log(*compare(tmp_path, options))
     assert sum(row["advantage/missing"] for row in rows) > 0 and rows[0]["ratio/max_dev"] > 0
 

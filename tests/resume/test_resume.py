@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 # window, missing rewards, evaluations on the way, and prompts that come round again.
 OPTIONS = [
     "updates=10", "prompts_per_update=4", "group_size=6", "checkpoint={every: 2, keep: 2}", "ema={decay: 0.8}",
-    "optimizer.inner_updates=2", "optimizer.epochs=2", "optimizer.warmup=6", "optimizer.weight_decay=0.01",
+    "optimizer.inner_updates=2", "optimizer.epochs=2", "optimizer.warmup=2", "optimizer.weight_decay=0.01",
     "objective.kl.weight=0.1", "reward=gaussian_runs:with_gaps", "advantage.std=global",
     "rollout.window={size: 2, low: 0, high: 4}",
 ]  # fmt: skip

@@ -16,10 +16,28 @@ EVERY = list(itertools.chain(*SPLITS.values()))
 def test_splits_are_disjoint_and_hold_every_task():
     texts = {split: {m["prompt"] for m in prompts} for split, prompts in SPLITS.items()}
     assert not texts["train"] & texts["test"] and not texts["train"] & texts["held_out"]
-    assert sum(map(len, texts.values())) == len(EVERY) == len({m["prompt"] for m in EVERY})
+    assert len(EVERY) == len({m["prompt"] for m in EVERY})
     for split in ("train", "test"):
         assert {m["tag"] for m in SPLITS[split]} == set(grammar.TASKS)
-    assert 0.15 < len(texts["test"]) / len(texts["test"] | texts["train"]) < 0.25
+
+
+def test_a_test_prompt_is_not_a_training_prompt_in_other_words():
+    def contents(split):
+        return [(m["tag"], grammar.describe(m["tag"], m["include"])) for m in SPLITS[split]]
+
+    train, test, held_out = (contents(split) for split in ("train", "test", "held_out"))
+    assert not set(train) & set(test) and not (set(train) | set(test)) & set(held_out)
+    assert len(set(test)) == len(test) and len(set(held_out)) == len(held_out)  # one phrasing each
+    for task in grammar.TASKS:
+        new = sum(tag == task for tag, _ in test)
+        assert new >= 2 and 0.25 <= new / (new + sum(tag == task for tag, _ in set(train))) <= 0.34
+
+
+def test_pretraining_sees_every_phrasing_of_every_seen_content():
+    seen = {m["prompt"] for task in grammar.TASKS for m in grammar.seen_prompts(task)}
+    assert {m["prompt"] for m in SPLITS["train"] + SPLITS["test"]} <= seen
+    assert not seen & {m["prompt"] for m in SPLITS["held_out"]}
+    assert len(seen) == len(SPLITS["train"]) + len(grammar.PHRASES) * len(SPLITS["test"])
 
 
 def test_held_out_combinations_are_never_seen():
