@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the input is wrong; 3 a guard stopped the run; 130 and 143
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -55,6 +56,10 @@ def verb(command: Callable[P, R]) -> Callable[P, R]:
             raise _exit(error, 1) from error
         except KeyboardInterrupt as error:
             raise _exit("interrupted", 130) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise _exit(f"the disk is full ({error}); free some space, then continue a run with --resume", 1) from error
 
     return run
 

@@ -217,10 +217,14 @@ class Run:
 
     def save(self, state: State, policy: Policy) -> None:
         """Write a checkpoint of the boundary that `state` is at."""
+        problem = None
         if self.world.main:
-            self._write(*state.pack(policy), state)
+            try:
+                self._write(*state.pack(policy), state)
+            except UserError as error:  # a full disk
+                problem = error
         self.committed = False
-        self.world.barrier()
+        self.world.agree(problem)
 
     def save_last_good(self, state: State, policy: Policy) -> None:
         """Write the state of the last update boundary, if memory still holds it; else the last checkpoint stands."""

@@ -21,7 +21,7 @@ from flowrl.run import Stopped
 
 
 def make_policy(name: str) -> Policy:
-    """"gaussian", or "sd3": a small random `StableDiffusion3Pipeline`."""
+    """A `GaussianPolicy` for "gaussian", a small random `StableDiffusion3Pipeline` for "sd3"."""
     if name == "gaussian":
         return GaussianPolicy()
     from tiny_pipelines import tiny_sd3

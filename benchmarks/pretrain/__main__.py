@@ -65,7 +65,8 @@ def latents(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", scenes: Sc
     """
     if scenes % 256:
         raise UserError(f"got {scenes} scenes; expected a multiple of 256; try {scenes // 256 * 256}")
-    flow_stage.encode_latents(vae_stage.load(out / "vae", _device(device)), out / "latents", seed=seed, scenes=scenes)
+    autoencoder, tokenizer = vae_stage.load(out / "vae", _device(device)), write_tokenizer(out / "tokenizer")
+    flow_stage.encode_latents(autoencoder, tokenizer, out / "latents", seed=seed, scenes=scenes)
 
 
 @app.command()
@@ -113,16 +114,14 @@ def export(
     trained = [stage for stage, model in stages.items() if (out / stage).exists() and only in (None, model)]
     if not trained:
         raise UserError(f"{out} holds no trained {only or 'flow or clip'}; expected its stage; run that first")
-    where, drawn = str(_device(device)), None
+    where, measured = str(_device(device)), out / "measured"
     command = f"python -m benchmarks.pretrain all --out {RUNS}"
     if "flow" in trained:
         facts = export_stage.export_sd3(out, to) | {"command": command}
-        drawn = export_stage.measure_sd3(
-            to / "tiny-sd3", out / "measured", facts, device=where, limit=limit, images=images
-        )
+        export_stage.measure_sd3(to / "tiny-sd3", measured, facts, device=where, limit=limit, images=images)
     if "clip" in trained:
         facts = export_stage.export_clip(out, to) | {"command": command}
-        export_stage.measure_clip(to / "tiny-clip", drawn, facts, device=where, per_task=min(limit, 100))
+        export_stage.measure_clip(to / "tiny-clip", measured, facts, device=where, per_task=min(limit, 100))
 
 
 @app.command(name="all")

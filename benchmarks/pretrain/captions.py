@@ -31,8 +31,9 @@ Misses = dict[str, tuple[str, ...]]
 
 @cache
 def captions(splits: tuple[str, ...] = SEEN) -> dict[str, Metadata]:
-    """Captions without their phrase, and their metadata."""
-    return {describe(m["tag"], m["include"]): m for split in splits for m in prompts(split)}
+    """Captions without their phrase, and their metadata, in alphabetical order."""
+    found = {describe(m["tag"], m["include"]): m for split in splits for m in prompts(split)}
+    return dict(sorted(found.items()))
 
 
 @cache

@@ -14,7 +14,7 @@ Table = dict[str, Any]
 
 def interval(entry: Table) -> str:
     low, high = entry["ci95"]
-    return f"{entry['mean']:.3f}" if low != low else f"{entry['mean']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{entry['mean']:.3f}" if low is None else f"{entry['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -123,13 +123,14 @@ def clip_card(facts: Table) -> str:
     pairs = [[kind, str(entry["pairs"]), interval(entry)] for kind, entry in facts["pairs"].items()]
     judged = ""
     if "judge" in facts:
-        found = [[task, str(entry["prompts"]), interval(entry)] for task, entry in facts["judge"]["tasks"].items()]
+        strict, official = facts["judge"]["shapes-strict"], facts["judge"]["shapes"]
+        found = [[k, *(interval(of[k]) if k in of else "none" for of in (strict, official))] for k in official | strict]
         judged = f"""
-As a judge of generated pictures: of two pictures that tiny-sd3 drew for one prompt, one right and one wrong by the
-official decision, the right one has the higher cosine in {interval(facts["judge"]["all"])} of the pairs (mean of the
-tasks; prompts that had both).
+As a judge of generated pictures: how often, of two pictures that tiny-sd3 (weights {facts["judged"]}) drew for one
+prompt, one right and one wrong, the right one has the higher cosine. Right by the strict decision means that just the
+objects of the prompt are there; the official one forgives objects that nobody asked for, which this judge does not.
 
-{table(["task", "prompts", "right one higher"], found)}
+{table(["task", "right by the strict decision", "right by the official decision"], found)}
 """
     through = (
         f"one group of each batch went through tiny-sd3's autoencoder, with noise of up to\n{LATENT_NOISE} standard "

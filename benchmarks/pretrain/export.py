@@ -77,6 +77,8 @@ def _publish(save: Any, folder: Path, sizes: dict[str, int], training: dict[str,
     fresh = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     save(fresh)
+    for file in fresh.rglob("*.safetensors"):
+        file.chmod(0o644)  # some versions of safetensors let nobody else read what they write
     if (size := megabytes(fresh)) > MOST_MB[folder.name]:
         raise UserError(f"{fresh} has {size:.1f} MB; expected at most {MOST_MB[folder.name]}; make the model smaller")
     shutil.rmtree(folder, ignore_errors=True)
@@ -85,24 +87,25 @@ def _publish(save: Any, folder: Path, sizes: dict[str, int], training: dict[str,
     return {"weights": measure.weights_hash(folder), "megabytes": size, "parameters": sizes, "training": training}
 
 
-def measure_sd3(folder: Path, work: Path, facts: dict[str, Any], *, device: str, limit: int, images: int) -> Path:
-    """Measure tiny-sd3, write ``measured.json`` and the card; returns the folder of the pictures drawn for the test."""
+def measure_sd3(folder: Path, work: Path, facts: dict[str, Any], *, device: str, limit: int, images: int) -> None:
+    """Measure tiny-sd3, write ``measured.json`` and the card. What is already measured in ``work`` is not repeated."""
     here = work / f"tiny-sd3-{facts['weights']}-{limit}x{images}"
-    vae = measure.load_vae(folder, device)
     facts |= {
-        "vae": measure.vae_numbers(vae),
+        "vae": measure.vae_numbers(measure.load_vae(folder, device)),
         "scores": measure.sd3_numbers(folder, here, device=device, limit=limit, images=images),
         "plain": measure.plain_numbers(folder, device=device, limit=max(limit // 4, 6)),
     }
     _write(folder, facts, sd3_card(facts))
-    return here / measure.folder_name(*measure.SETTINGS[0])
 
 
-def measure_clip(folder: Path, drawn: Path | None, facts: dict[str, Any], *, device: str, per_task: int) -> None:
-    """Measure tiny-clip, as a judge too if pictures of tiny-sd3 are given; write ``measured.json`` and the card."""
+def measure_clip(folder: Path, work: Path, facts: dict[str, Any], *, device: str, per_task: int) -> None:
+    """Measure tiny-clip, write ``measured.json`` and the card; as a judge too, if tiny-sd3 was measured in ``work``."""
     facts |= measure.clip_numbers(folder, device=device, per_task=per_task)
-    if drawn is not None:
-        facts["judge"] = measure.judge_numbers(folder, drawn, device=device)
+    test = measure.folder_name(*measure.SETTINGS[0])
+    drawn = sorted(work.glob(f"tiny-sd3-*/{test}/summary.json"), key=lambda file: file.stat().st_mtime)
+    if drawn:
+        facts["judge"] = measure.judge_numbers(folder, drawn[-1].parent, device=device)
+        facts["judged"] = drawn[-1].parent.parent.name.split("-")[2]
     _write(folder, facts, clip_card(facts))
 
 

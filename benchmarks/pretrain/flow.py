@@ -15,11 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from reward_models.shapes.grammar import Metadata
-
-from .data import scene_batch, seen_prompts
+from .data import scene_batch
 from .loop import CPU, fast_precision, fit
-from .text import MAX_LENGTH, WIDTH, TextEncoders, token_ids
+from .text import WIDTH, TextEncoders, token_ids
 from .vae import LATENT_CHANNELS
 
 UNCONDITIONAL = 0.1  # share of empty prompts, for guidance
@@ -64,8 +62,17 @@ class TextToImage(nn.Module):
         return self.transformer(x, states, pooled, 1000 * s, return_dict=False)[0]
 
 
-def encode_latents(vae: AutoencoderKL, folder: Path, *, seed: int = 0, scenes: int = 65536, batch: int = 256) -> Path:
-    """Scenes to latents, once: ``latents`` (n, 12, 8, 8) fp16 of mean 0 and std 1 over all elements, ``prompt`` (n,).
+def encode_latents(
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    *,
+    seed: int = 0,
+    scenes: int = 65536,
+    batch: int = 256,
+) -> Path:
+    """Scenes to latents, once: ``latents`` (n, 12, 8, 8) fp16 of mean 0 and std 1 over all elements, and the tokens of
+    their prompts ``ids`` (n, length) int16.
 
     Written in shards, so that a stopped run goes on where it was.
     """
@@ -73,36 +80,31 @@ def encode_latents(vae: AutoencoderKL, folder: Path, *, seed: int = 0, scenes: i
     path = folder / "latents.safetensors"
     if path.exists():
         return path
-    order = {m["prompt"]: i for i, m in enumerate(prompt_list())}
     shards = []
     per_shard = 32 * batch
     for first in range(0, scenes, per_shard):
         shard = folder / f"shard_{first:08d}.safetensors"
         if not shard.exists():
-            latents, index = [], []
+            latents, ids = [], []
             for step in range(first // batch, min(first + per_shard, scenes) // batch):
                 metadata, pictures = scene_batch(seed, 3, step, batch)
                 with torch.no_grad(), fast_precision(vae.device):
                     x = (2 * pictures - 1).to(vae.device, memory_format=torch.channels_last)
                     latents.append(vae.encode(x).latent_dist.mode().float().cpu())
-                index += [order[m["prompt"]] for m in metadata]
-            save_file({"latents": torch.cat(latents).contiguous(), "prompt": torch.tensor(index)}, shard)
-            print(f"latents {first + len(index)}/{scenes}", flush=True)
+                ids.append(token_ids(tokenizer, [m["prompt"] for m in metadata]).short())
+            save_file({"latents": torch.cat(latents).contiguous(), "ids": torch.cat(ids)}, shard)
+            print(f"latents {min(first + per_shard, scenes)}/{scenes}", flush=True)
         shards.append(load_file(shard))
     everything = torch.cat([s["latents"] for s in shards])
     shift, scale = everything.mean(), 1 / everything.std()
     tensors = {
         "latents": ((everything - shift) * scale).half(),
-        "prompt": torch.cat([s["prompt"] for s in shards]),
+        "ids": torch.cat([s["ids"] for s in shards]),
         "shift": shift,
         "scale": scale,
     }
     save_file(tensors, path)
     return path
-
-
-def prompt_list() -> list[Metadata]:
-    return [m for task in seen_prompts().values() for m in task]
 
 
 def train(
@@ -122,22 +124,21 @@ def train(
     """Fit transformer and text encoders; returns them with their EMA weights."""
     torch.manual_seed(seed)
     model = TextToImage(tokenizer).to(device)
-    ids = token_ids(tokenizer, [m["prompt"] for m in prompt_list()] + [""]).to(device)
-    empty = len(ids) - 1
+    empty = token_ids(tokenizer, [""])
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         padded = step > LATE * steps and torch.rand((), generator=g) < PADDED_BATCHES
         n = batch // 4 if padded else batch
         rows = torch.randint(len(data["latents"]), (n,), generator=g)
-        x0, prompt = data["latents"][rows].float(), data["prompt"][rows].clone()
-        prompt[torch.rand(n, generator=g) < UNCONDITIONAL] = empty
+        x0, ids = data["latents"][rows].float(), data["ids"][rows].long()
+        ids = torch.where(torch.rand(n, 1, generator=g) < UNCONDITIONAL, empty, ids)
         e = torch.randn(x0.shape, generator=g)
         s = torch.sigmoid(0.4 + 1.1 * torch.randn(n, generator=g))
-        x0, e, s, prompt = (t.to(device) for t in (x0, e, s, prompt))
+        x0, e, s, ids = (t.to(device) for t in (x0, e, s, ids))
         x = (1 - s[:, None, None, None]) * x0 + s[:, None, None, None] * e
         with fast_precision(device):
-            v = model(x, s, ids[prompt], 256 if padded else 0).float()
+            v = model(x, s, ids, 256 if padded else 0).float()
         error = (v - (e - x0)).square().mean((1, 2, 3))
         return error.mean(), {"loss": error.mean().item()}
 
@@ -153,4 +154,4 @@ def train(
     return model
 
 
-__all__ = ["MAX_LENGTH", "TextToImage", "build", "encode_latents", "prompt_list", "train"]
+__all__ = ["TextToImage", "build", "encode_latents", "train"]

@@ -145,7 +145,8 @@ def machine(model: nn.Module) -> str:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU thread(s)"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
 
 
 def _state(model: nn.Module, ema: dict[str, Tensor], optims: list[torch.optim.Optimizer]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def weights_hash(folder: Path) -> str:
 
 
 def _entry(found: Estimate) -> Table:
-    return {"mean": found.mean, "ci95": [found.low, found.high]}
+    low, high = (None if math.isnan(x) else x for x in (found.low, found.high))  # no interval from a single prompt
+    return {"mean": found.mean, "ci95": [low, high]}
 
 
 # ------------------------------------------------------------------------------------------------------------ tiny-sd3
@@ -160,26 +162,31 @@ def _cases(split: str, task: str, seed: int, per_task: int) -> Iterator[tuple[li
 
 
 def judge_numbers(model: Path, drawn: Path, *, device: str) -> Table:
-    """On pictures that tiny-sd3 drew (a measurement's folder): how often, of two pictures of one prompt, the one that
-    the official decision calls right has the higher cosine. By task and over all, intervals over prompts."""
+    """On pictures that tiny-sd3 drew (a measurement's folder): how often, of two pictures of one prompt, the right one
+    has the higher cosine. By the official and the strict decision, by task and over all, intervals over prompts."""
     judge = ClipScore(model, device=device)
     rows = [json.loads(line) for line in (drawn / "images.jsonl").read_text(encoding="utf-8").splitlines()]
     pictures = torch.cat([_read(drawn.parent / row["path"]) for row in rows])
     cosine = judge.score(pictures, [row["prompt"] for row in rows], [{}] * len(rows)).values.tolist()
-    groups: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
-    for row, value in zip(rows, cosine, strict=True):
-        groups.setdefault((row["tag"], row["prompt_id"]), ([], []))[int(row["scores"]["shapes"])].append(value)
-    wins = {
-        key: [float(good > bad) for good in right for bad in wrong]
-        for key, (wrong, right) in groups.items()
-        if right and wrong
-    }
-    by_task = {
-        task: {"prompts": len(found), **_entry(mean_ci(found))}
-        for task in TASKS
-        if (found := [value for (tag, _), value in wins.items() if tag == task])
-    }
-    return {"tasks": by_task, "all": _entry(task_mean_ci(list(wins.values()), [tag for tag, _ in wins]))}
+    tables: Table = {}
+    for decision in ("shapes", "shapes-strict"):
+        groups: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
+        for row, value in zip(rows, cosine, strict=True):
+            wrong_and_right = groups.setdefault((row["tag"], row["prompt_id"]), ([], []))
+            wrong_and_right[int(row["scores"][decision])].append(value)
+        wins = {
+            key: [float(good > bad) for good in right for bad in wrong]
+            for key, (wrong, right) in groups.items()
+            if right and wrong
+        }
+        tables[decision] = {
+            task: {"prompts": len(found), **_entry(mean_ci(found))}
+            for task in TASKS
+            if (found := [value for (tag, _), value in wins.items() if tag == task])
+        }
+        everything = task_mean_ci(list(wins.values()), [tag for tag, _ in wins])
+        tables[decision]["mean of the tasks"] = {"prompts": len(wins), **_entry(everything)}
+    return tables
 
 
 def _read(path: Path) -> Tensor:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -33,21 +30,31 @@ def words() -> list[str]:
     return sorted({word for source in sources for word in source.split()})
 
 
+def learn_merges(vocabulary: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges after which each of these words is one token, commonest pair first, ties by spelling.
+
+    The `tokenizers` trainer breaks ties by the order of a hash map: another run would give the words other numbers.
+    """
+    pieces = {word: [*word[:-1], f"{word[-1]}</w>"] for word in vocabulary}
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for parts in pieces.values() for pair in zip(parts, parts[1:], strict=False)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for parts in pieces.values():
+            for i in range(len(parts) - 2, -1, -1):
+                if (parts[i], *parts[i + 1 : i + 2]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+    return merges
+
+
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer in which every word of the grammar is one token; other words fall apart into characters."""
     folder.mkdir(parents=True, exist_ok=True)
-    learner = Tokenizer(BPE(unk_token=END, end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = Whitespace()
-    alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,'-!?")
-    trainer = BpeTrainer(
-        vocab_size=4096, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>", min_frequency=1
-    )
-    learner.train_from_iterator([" ".join(words() + alphabet)], trainer)
-    model = json.loads(learner.to_str())["model"]
-    vocabulary = sorted(model["vocab"], key=model["vocab"].get) + [START, END]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    characters = sorted("abcdefghijklmnopqrstuvwxyz0123456789.,'-!?")
+    merges = learn_merges(words())
+    tokens = [*characters, *(f"{c}</w>" for c in characters), *("".join(pair) for pair in merges), START, END]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, "pad_token": END}
     settings |= {"bos_token": START, "eos_token": END, "unk_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -104,6 +111,8 @@ def silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
         vocab_size=len(tokenizer), d_model=2 * WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False,
     )  # fmt: skip
-    model = T5EncoderModel(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same weights every time, though they say nothing
+        model = T5EncoderModel(config)
     nn.init.zeros_(model.encoder.final_layer_norm.weight)
     return model, tokenizer

@@ -3,12 +3,13 @@
 import gc
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from flowrl.errors import UserError
@@ -328,8 +329,16 @@ class PipelinePolicy:
 
         self.sets = WeightSets(adapter if self.train == "lora" else {}, adapters=switch)
 
-    def _autocast(self) -> AbstractContextManager:
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """Compute in `dtype`. On a CPU the fused attention is slow backwards in bfloat16 (a fifth of an update of a
+        small model), so it is left out there, in rollouts too: both must compute the same bits."""
+        with ExitStack() as stack:
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
+                if self.device.type == "cpu":
+                    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
 
 
 def _move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -28,7 +28,13 @@ def recipe(**rollout: Any) -> Any:
             "updates": 1,
             "prompts_per_update": 4,
             "group_size": IMAGES // 4,
-            "rollout": {"steps": STEPS, "window": {"size": WINDOW, "high": STEPS - 1}, **rollout},
+            "rollout": {
+                "steps": STEPS,
+                "height": 16,
+                "width": 16,
+                "window": {"size": WINDOW, "high": STEPS - 1},
+                **rollout,
+            },
             "optimizer": {"inner_updates": 2},
             "eval": None,
         }
@@ -39,7 +45,7 @@ def recipe(**rollout: Any) -> Any:
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PipelinePolicy:
     folder = tmp_path_factory.mktemp("model")
     make = {"sd3": tiny_sd3, "flux": tiny_flux}[request.param]
-    return PipelinePolicy(make(folder), name=request.param, lora=LoraSettings(rank=2))
+    return PipelinePolicy(make(folder), name=request.param, lora=LoraSettings(rank=2), max_sequence_length=8)
 
 
 def rows_of(policy: PipelinePolicy, run: Any) -> list[tuple[int, bool]]:
@@ -96,7 +102,7 @@ def test_the_command_prints_and_writes_ratios(
     file = tmp_path / "deep" / "overhead.json"
     monkeypatch.chdir(tmp_path)
     result = overhead.main(
-        f"policy.path={tmp_path / 'model'} prompts.limit=2 rollout.steps=4 --batches 8 16 --images 16 --repeats 2 "
+        f"policy.path={tmp_path / 'model'} prompts.limit=2 rollout.steps=5 --batches 8 16 --images 16 --repeats 2 "
         f"--clock cpu --json {file}".split()
     )
     assert json.loads(file.read_text()) == result

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import flowrl
@@ -90,7 +91,8 @@ def _train(stage, folder, tokenizer, autoencoder, steps=3):
         return vae.train(folder, steps=steps, batch=2, save_every=1)
     if stage == "flow":
         g = torch.Generator().manual_seed(0)
-        latents = {"latents": torch.randn(8, 12, 8, 8, generator=g).half(), "prompt": torch.arange(8)}
+        ids = token_ids(tokenizer, [m["prompt"] for m in prompts("train", per_task=2)][:8]).short()
+        latents = {"latents": torch.randn(8, 12, 8, 8, generator=g).half(), "ids": ids}
         return flow.train(latents, tokenizer, folder, steps=steps, batch=4, save_every=1)
     return clip.train(folder, tokenizer, autoencoder, steps=steps, batch=8, save_every=1)
 
@@ -140,6 +142,23 @@ def test_muon_gets_the_matrices_of_attention_and_feed_forward(tokenizer):
     assert {"text.layers_1.text_model.embeddings.token_embedding.weight", "transformer.proj_out.weight"} <= rest
     assert "transformer.transformer_blocks.0.norm1.linear.weight" in rest  # a modulation
     assert not matrices & rest and len(matrices | rest) == len(names)
+
+
+def test_latents_are_those_of_the_scenes_in_their_order_and_go_on_where_they_were(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    autoencoder = vae.build().eval().requires_grad_(False)
+    found = load_file(flow.encode_latents(autoencoder, tokenizer, tmp_path, seed=3, scenes=8, batch=4))
+    metadata, pictures = data.scene_batch(3, 3, 1, 4)  # the second batch
+    expected = autoencoder.encode(2 * pictures - 1).latent_dist.mode()
+    assert torch.equal(found["ids"][4:].long(), token_ids(tokenizer, [m["prompt"] for m in metadata]))
+    unscaled = found["latents"][4:].float() / found["scale"] + found["shift"]
+    assert (torch.cosine_similarity(unscaled.flatten(1), expected.flatten(1)) > 0.999).all()  # bfloat16 in between
+    assert found["latents"].float().mean().abs() < 1e-3
+    assert found["latents"].float().std() == pytest.approx(1, abs=1e-3)
+    (tmp_path / "latents.safetensors").unlink()
+    assert len(list(tmp_path.iterdir())) == 1  # the shard
+    again = load_file(flow.encode_latents(autoencoder, tokenizer, tmp_path, seed=3, scenes=8, batch=4))
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
 
 
 def test_loss_of_the_autoencoder_weighs_outlines():

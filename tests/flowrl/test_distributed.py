@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import child_runs
 import processes
 import pytest
 import torch
-from gaussian_runs import evaluated
+from gaussian_runs import config, evaluated
 from safetensors.torch import load_file
+from tiny_pipelines import tiny_sd3
 
 from flowrl.checkpoint import load_latest
+from flowrl.config import config_folder, resolved_yaml
 from flowrl.distributed import World
 from flowrl.errors import UserError
 from flowrl.prompts import prompt_batch, split
 from flowrl.runlog import read_jsonl
 
+ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -97,6 +103,31 @@ def test_a_network(tmp_path):
     assert rows[0]["reward/mean"] == pytest.approx(others[0]["reward/mean"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_the_launcher_of_the_readme(tmp_path):
+    """`accelerate launch` with the shipped two-process config, through the command line."""
+    tiny_sd3(tmp_path / "tokenizers").save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo dogs\na cat\n")
+    path = tmp_path / "config.yaml"
+    model = f"{{path: '{tmp_path / 'model'}', device: cpu, dtype: float32}}"
+    settings = config(
+        tmp_path, f"policy={model}", f"prompts.source={tmp_path / 'prompts.txt'}", "reward=jpeg", "updates=2",
+        "prompts_per_update=3", "group_size=3", "rollout.steps=3",
+    )  # fmt: skip
+    path.write_text(resolved_yaml(settings))
+    python, gloo = [sys.executable, "-m"], config_folder() / "accelerate" / "cpu_gloo_2.yaml"
+    launch = [*python, "accelerate.commands.launch", "--config_file", str(gloo), "-m"]
+    for name, start in (("one", python), ("many", launch)):
+        command = [*start, "flowrl", "train", str(path), f"output_dir={tmp_path / name}"]
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows, others = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
+    assert len(rows) == len(others) == 2
+    for row, other in zip(rows, others, strict=True):
+        assert other["reward/mean"] == pytest.approx(row["reward/mean"], rel=1e-3)
+    assert rows[0]["grad_norm"] == pytest.approx(others[0]["grad_norm"], rel=1e-3)
+    assert json.loads((tmp_path / "many" / "environment.json").read_text())["processes"] == 2
+
+
 def test_a_failure_on_one_process_ends_all_with_the_state_saved(tmp_path):
     options = ["reward=gaussian_runs:failing", "checkpoint.every=0"]
     codes = processes.launched(child_runs.train_with_failing_rank, tmp_path, options)
@@ -143,6 +174,6 @@ def test_a_parameter_without_gradient_gets_zeros():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_where_there_is_none(device):
-    with pytest.raises(UserError, match=rf"got device '{device}'.*sees no CUDA device.*policy.device=cpu"):
+    with pytest.raises(UserError, match=rf"got device '{device}'.*sees no CUDA device.*expected 'cpu' or 'auto'"):
         World.join(device)
     assert World.join("auto") == ALONE

@@ -91,8 +91,10 @@ def test_controls(tmp_path, seed):
     start = expected_reward(GaussianPolicy())
     change = {}
     for reward in ("quadratic", "flipped", "shuffled"):
-        policy = learn(tmp_path / reward, f"seed={seed}", "updates=40", f"reward=gaussian_runs:{reward}")
+        policy = learn(
+            tmp_path / reward, f"seed={seed}", "updates=80", "optimizer.lr=0.01", f"reward=gaussian_runs:{reward}"
+        )
         change[reward] = expected_reward(policy) - start
     assert change["quadratic"] > 0.5  # of at most 0.98, where every image is at the target
     assert change["flipped"] < -0.5
-    assert change["shuffled"] < 0.1 * change["quadratic"]
+    assert change["shuffled"] < 0.15 * change["quadratic"]  # a random walk of the weights, a tenth of the way

@@ -153,26 +153,25 @@ def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
 
 
 MOMENTS = {  # name -> (whose function, its name, before its how-manieth call the signal comes, updates then complete)
-    "rollout": (trainer, "_rollout", 2, 1),
-    "first optimizer step": (trainer, "_inner_update", 5, 1),  # four steps per update
-    "second optimizer step": (trainer, "_inner_update", 6, 2),
-    "scoring": (trainer, "_score", 2, 1),
-    "first evaluation": (Run, "_draw", 1, 0),
-    "last evaluation": (Run, "_draw", 2, 3),
+    "rollout": (trainer, "_rollout", 2, 1, signal.SIGTERM),
+    "first optimizer step": (trainer, "_inner_update", 5, 1, signal.SIGINT),  # four steps per update
+    "second optimizer step": (trainer, "_inner_update", 6, 2, signal.SIGTERM),
+    "scoring": (trainer, "_score", 2, 1, signal.SIGINT),
+    "first evaluation": (Run, "_draw", 1, 0, signal.SIGTERM),
+    "last evaluation": (Run, "_draw", 2, 3, signal.SIGINT),
 }
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_stop(tmp_path, monkeypatch, number, code):
+def test_signals_save_and_stop(tmp_path, monkeypatch):
     """Whenever the signal comes, the state of a boundary is saved, and the rest is as if nothing had happened."""
     short = [*OPTIONS, "updates=3", "checkpoint.every=0"]
     train(config(tmp_path / "whole", *short, evaluated(tmp_path / "whole")), policy=GaussianPolicy())
-    for when, (owner, name, call, boundary) in MOMENTS.items():
+    for when, (owner, name, call, boundary, number) in MOMENTS.items():
         folder = tmp_path / when
         settings = config(folder, *short, evaluated(folder))
         original, calls = getattr(owner, name), []
 
-        def signalling(*arguments, original=original, calls=calls, call=call, **options):
+        def signalling(*arguments, original=original, calls=calls, call=call, number=number, **options):
             calls.append(1)
             if len(calls) == call:
                 os.kill(os.getpid(), number)
@@ -182,7 +181,7 @@ def test_signals_save_and_stop(tmp_path, monkeypatch, number, code):
         with pytest.raises(Stopped, match="everything is saved; continue with --resume") as stopped:
             train(settings, policy=GaussianPolicy())
         monkeypatch.undo()
-        assert stopped.value.exit_code == code
+        assert stopped.value.exit_code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
         found = load_latest(folder / "run" / "checkpoints")
         assert (found.step if found else 0) == boundary, when
         assert len(read_jsonl(folder / "run" / "metrics.jsonl")) == boundary
