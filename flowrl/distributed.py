@@ -37,7 +37,8 @@ class World:
         from accelerate import PartialState  # it knows every launcher's variables
 
         state = PartialState(cpu=found.type == "cpu")
-        return World(state.process_index, state.num_processes, state.device)
+        # the launcher numbers CPUs too ("cpu:0"), which nothing else understands
+        return World(state.process_index, state.num_processes, found if found.type == "cpu" else state.device)
 
     @property
     def main(self) -> bool:
@@ -84,15 +85,17 @@ class World:
 
         A parameter without one gets zeros, so that the optimizer takes the same step however the work was split.
         """
+        gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         if self.size == 1:
             return
-        total = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        total = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(total)  # not `sum`: nobody could hold all processes' gradients of a whole model
-        for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def barrier(self) -> None:
         """Wait for all processes."""

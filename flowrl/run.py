@@ -23,7 +23,7 @@ from flowrl.distributed import World
 from flowrl.environment import write_environment
 from flowrl.errors import UserError
 from flowrl.guards import Change, StopSignals, find_alarms
-from flowrl.policies import Policy
+from flowrl.policies import PipelinePolicy, Policy
 from flowrl.prompts import Prompt, load_prompts, prompt_batch
 from flowrl.runlog import METRICS, RunLog
 from flowrl.schema import EvalConfig
@@ -116,9 +116,14 @@ class Run:
         if self.log is not None:
             self.log.note(text)
 
+    def write(self, update: int, values: dict[str, float], timings: dict[str, float], alarms: list[str]) -> None:
+        """One update in the logs."""
+        if self.log is not None:
+            self.log.write(update, values, timings, alarms)
+
     def encode_once(self, policy: Policy, prompts: list[Prompt]) -> None:
         """Fill the embedding cache with every prompt the run will use, then drop the text encoders."""
-        if getattr(policy, "cache_dir", None) is None:
+        if not isinstance(policy, PipelinePolicy) or policy.cache_dir is None:
             return
         places = range(self.config.updates)
         n, per_update, seed = len(prompts), self.config.prompts_per_update, self.config.seed
@@ -269,7 +274,9 @@ class Run:
             wall_s=state.wall_s + time.monotonic() - self.started,
             peak_rss_mb=peak_rss_mb(),
             cost=asdict(state.cost),  # type: ignore[arg-type]
-            eval_settings=e and {"split": e.prompts.removeprefix("shapes:"), "steps": e.steps, "guidance": e.guidance},
+            eval_settings=None
+            if e is None
+            else {"split": e.prompts.removeprefix("shapes:"), "steps": e.steps, "guidance": e.guidance},
             before=before,
             before_guided=read_rows(self.folder, "before_guided"),
             after=after,
@@ -278,7 +285,7 @@ class Run:
         )
         write_summary(self.folder, summary)
         samples.before_after(self.folder, before, after)
-        if hasattr(policy, "pipeline"):
+        if isinstance(policy, PipelinePolicy):
             from flowrl.export import export_policy
 
             export_policy(policy, self.folder, self.folder / "adapter", sheet=False)

@@ -22,7 +22,7 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
     """AdamW over the policy's trainable parameters; UserError where the 8-bit one cannot run."""
     o = config.optimizer
     parameters = [parameter for _, parameter in policy.trainable()]
-    settings = {"lr": o.lr, "betas": tuple(o.betas), "weight_decay": o.weight_decay, "eps": o.eps}
+    settings: dict[str, Any] = {"lr": o.lr, "betas": tuple(o.betas), "weight_decay": o.weight_decay, "eps": o.eps}
     if o.name == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     try:

@@ -58,7 +58,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
         objective = get_objective(
             config.objective.name, clip_range=config.objective.clip, kl_weight=config.objective.kl.weight
         )
-        judge = scorers and scorers.judge
+        judge = scorers.judge if scorers is not None else None
         specs = [scorer.spec for scorer in (reward, judge) if scorer is not None]
         run = stack.enter_context(Run.open(config, world, resume=resume, rewards=specs))
         policy = policy or _load_policy(config, world, run)
@@ -106,6 +106,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 credit = leaf_mean(advantages.advantages.view(per_root), plan.below, advantages.valid.view(per_root))
                 edges = (tree.edges.root, tree.edges.node)
                 part = (place % config.optimizer.inner_updates)[tree.states.root]
+                values = _measure(result, advantages, images, chosen, groups, judge, world)
                 batch = Batch(tree, cond, credit.advantages[edges], credit.weights[edges], place, part)
                 if not checked:
                     state.ratio_max_dev = max(state.ratio_max_dev or 0.0, _self_check(config, policy, batch, world))
@@ -126,7 +127,6 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
             state.cost += _cost(tree.cost, used, policy.calls(config.rollout.guidance), world)
 
             # log, look, save
-            values = _measure(result, advantages, images, chosen, groups, judge, world)
             values |= metrics.result(world.sum, world.max)
             values |= {"grad_norm": sum(norms) / len(norms) if norms else float("nan"), "lr": rate}
             alarms = state.alarms.add(state.update, values)
@@ -137,7 +137,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
             seconds = time.perf_counter() - clock
             count = config.prompts_per_update * config.group_size
             timings = {"images_per_s": count / seconds, "rollout_s": rollout_s, "update_s": seconds - rollout_s}
-            run.log.write(state.update, values, timings, alarms)
+            run.write(state.update, values, timings, alarms)
             signalled = world.any(bool(run.stop.requested))
             due = bool(config.checkpoint.every) and state.update % config.checkpoint.every == 0
             stopping = bool(alarms) and config.alarms.stop

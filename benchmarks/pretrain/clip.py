@@ -24,7 +24,7 @@ from .captions import captions, near_misses, one_near_miss, true_of
 from .data import TASK_SHARES, to_tensor
 from .heads import Heads, caption_loss, patch_loss, scene_loss
 from .loop import CPU, fast_precision, fit
-from .text import text_config, token_ids
+from .text import text_config, token_ids, vocabulary_hash
 
 PATCH, WIDTH, LAYERS, PROJECTION = 8, 128, 4, 128
 MEAN, STD = (0.8, 0.8, 0.8), (0.3, 0.3, 0.3)  # of the pixels, for the preprocessor
@@ -168,7 +168,7 @@ def train(
         numbers = {"clip": value, "right": right, "seen": seen, "read": read, "scale": scale}
         return value + HEAD_WEIGHT * (seen + read), {name: number.item() for name, number in numbers.items()}
 
-    settings = {"seed": seed, "batch": batch, "vae": vae is not None}
+    settings = {"seed": seed, "batch": batch, "vae": vae is not None, "tokenizer": vocabulary_hash(tokenizer)}
     ema = fit(
         model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.998, save_every=save_every,
         settings=settings,

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import nn
+from transformers import CLIPTokenizer
 
 from flowrl.errors import UserError
 
@@ -19,7 +20,7 @@ from .cards import clip_card, sd3_card
 from .clip import Trainee
 from .flow import TextToImage
 from .loop import load_ema
-from .text import write_tokenizer
+from .text import vocabulary_hash, write_tokenizer
 from .vae import build as build_vae
 
 MOST_MB = {"tiny-sd3": 12.0, "tiny-clip": 3.0}  # limits of what ships
@@ -34,9 +35,14 @@ def megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
-def _finished(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Load EMA weights into ``model``; what the stage says of itself."""
+def _finished(model: nn.Module, folder: Path, tokenizer: CLIPTokenizer | None = None) -> dict[str, Any]:
+    """Load EMA weights into ``model``; what the stage says of itself. It must have learned with this tokenizer."""
     facts = load_ema(model, folder)
+    if tokenizer is not None and facts.get("tokenizer") != vocabulary_hash(tokenizer):
+        raise UserError(
+            f"{folder} was trained with vocabulary {facts.get('tokenizer')}; expected {vocabulary_hash(tokenizer)}, that "
+            "of the tokenizer which would ship with it; train the stage again in a new --out"
+        )
     if facts["done"] < facts["steps"]:
         raise UserError(
             f"{folder} is at step {facts['done']} of {facts['steps']}; expected a finished stage; run the stage again, "
@@ -49,7 +55,7 @@ def export_sd3(out: Path, to: Path) -> dict[str, Any]:
     """Write ``to/tiny-sd3`` from the stages in ``out``; returns the facts that need no measurement."""
     tokenizer = write_tokenizer(out / "tokenizer")
     vae, model = build_vae(), TextToImage(tokenizer)
-    training = {"vae": _finished(vae, out / "vae"), "flow": _finished(model, out / "flow")}
+    training = {"vae": _finished(vae, out / "vae"), "flow": _finished(model, out / "flow", tokenizer)}
     with safe_open(out / "latents" / "latents.safetensors", "pt") as file:
         shift, scale = (float(file.get_tensor(name)) for name in ("shift", "scale"))
     pipeline = assemble(model, vae, tokenizer, shift, scale)
@@ -66,7 +72,7 @@ def export_clip(out: Path, to: Path) -> dict[str, Any]:
     """Write ``to/tiny-clip``; returns the facts that need no measurement."""
     tokenizer = write_tokenizer(out / "tokenizer")
     trainee = Trainee(tokenizer)
-    training = {"clip": _finished(trainee, out / "clip")}
+    training = {"clip": _finished(trainee, out / "clip", tokenizer)}
     sizes = {"all": parameters(trainee.clip)}
     model = trainee.model()
     return _publish(lambda folder: save_half_clip(model, tokenizer, folder), to / "tiny-clip", sizes, training)

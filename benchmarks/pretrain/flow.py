@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from .data import scene_batch
 from .loop import CPU, fast_precision, fit
-from .text import WIDTH, TextEncoders, token_ids
+from .text import WIDTH, TextEncoders, token_ids, vocabulary_hash
 from .vae import LATENT_CHANNELS
 
 UNCONDITIONAL = 0.1  # share of empty prompts, for guidance
@@ -148,7 +148,7 @@ def train(
 
     ema = fit(
         model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.999, save_every=save_every, on_save=save,
-        settings={"seed": seed, "batch": batch, "scenes": len(data["latents"])},
+        settings={"seed": seed, "batch": batch, "scenes": len(data["latents"]), "tokenizer": vocabulary_hash(tokenizer)},
     )  # fmt: skip
     model.load_state_dict(ema)
     return model

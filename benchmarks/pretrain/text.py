@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -61,6 +62,11 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def vocabulary_hash(tokenizer: CLIPTokenizer) -> str:
+    """Of the number of every token: weights mean nothing under other numbers, so checkpoints keep it."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:12]
 
 
 def text_config(tokenizer: CLIPTokenizer, layers: int = 3) -> CLIPTextConfig:

@@ -1,5 +1,6 @@
 """The pretraining of the models in the box: its data, its three trainings in miniature, and the folders that ship."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -124,6 +125,15 @@ def test_a_folder_of_another_run_is_refused_and_a_half_trained_stage_is_not_expo
     for name in ("vae", "flow"):
         with pytest.raises(UserError, match=f"{name} holds no checkpoint"):
             export._finished(torch.nn.Linear(1, 1), tmp_path / name)
+
+
+def test_weights_never_ship_with_another_tokenizer_than_they_learned_with(tmp_path, tokenizer):
+    _train("clip", tmp_path / "clip", tokenizer, None)
+    export._finished(clip.Trainee(tokenizer), tmp_path / "clip", tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["hexagon"])
+    with pytest.raises(UserError, match="was trained with vocabulary"):
+        export._finished(clip.Trainee(tokenizer), tmp_path / "clip", other)
 
 
 def test_learning_rate_rises_in_200_steps_and_falls_as_a_cosine():
