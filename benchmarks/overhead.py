@@ -303,7 +303,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", default="quickstart", help="a YAML file or the name of a shipped config")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, with dotted keys")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 48, 64], help="rows per model call")
-    parser.add_argument("--repeats", type=int, default=11, help="pairs of measurements")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of measurements")
     parser.add_argument("--images", type=int, help="images per rollout; default: the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument(

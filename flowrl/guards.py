@@ -107,7 +107,8 @@ def find_alarms(changes: Mapping[str, Change], limits: Limits) -> dict[str, str]
 class Alarms:
     """The alarms of a training run: the last ``window`` updates against the first.
 
-    An alarm is raised when it begins; it can be raised again after it has ended. `raised` holds all sentences so far.
+    An alarm is raised when it begins, and again only after it has been silent for a whole window: one that hovers at
+    its limit speaks once. `raised` holds all sentences so far, `held` the last update at which each alarm was on.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -115,6 +116,7 @@ class Alarms:
     last: dict[str, list[float]] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     raised: list[str] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict)
 
     def add(self, update: int, metrics: Mapping[str, float]) -> list[str]:
         """Sentences of the alarms that begin with this update's metrics; names that it does not know are ignored."""
@@ -133,18 +135,26 @@ class Alarms:
             if len(last) == window and (change := Change.between(self.first[name], last))
         }
         found = find_alarms(changes, self.limits)
-        new = [f"update {update}: {text}" for name, text in found.items() if name not in self.active]
+        silent = {name for name in found if update - self.held.get(name, -window - 1) > window}
+        new = [f"update {update}: {text}" for name, text in found.items() if name in silent]
         self.active = list(found)
+        self.held |= dict.fromkeys(found, update)
         self.raised += new
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "last": self.last, "active": self.active, "raised": self.raised}
+        return {
+            "first": self.first,
+            "last": self.last,
+            "active": self.active,
+            "raised": self.raised,
+            "held": self.held,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.first = {name: list(values) for name, values in state["first"].items()}
         self.last = {name: list(values) for name, values in state["last"].items()}
-        self.active, self.raised = list(state["active"]), list(state["raised"])
+        self.active, self.raised, self.held = list(state["active"]), list(state["raised"]), dict(state["held"])
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowrl import evaluate as evaluation
@@ -248,6 +249,12 @@ class Run:
         save_checkpoint(
             self.folder / CHECKPOINTS, state.update, tensors, {**counters, "wall_s": wall}, self.config.checkpoint.keep
         )
+
+    def signalled(self) -> bool:
+        """Whether any process got a signal; then all of them stop as if they had got it."""
+        number = int(self.world.max(torch.tensor([self.stop.requested or 0])))
+        self.stop.requested = self.stop.requested or number or None
+        return bool(number)
 
     def stopped(self) -> Stopped:
         """The exception that ends a run after a signal."""

@@ -138,7 +138,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
             count = config.prompts_per_update * config.group_size
             timings = {"images_per_s": count / seconds, "rollout_s": rollout_s, "update_s": seconds - rollout_s}
             run.write(state.update, values, timings, alarms)
-            signalled = world.any(bool(run.stop.requested))
+            signalled = run.signalled()
             due = bool(config.checkpoint.every) and state.update % config.checkpoint.every == 0
             stopping = bool(alarms) and config.alarms.stop
             if due or signalled or stopping or state.update == config.updates:

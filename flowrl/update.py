@@ -42,7 +42,7 @@ class Batch:
     """A rollout with its credit: everything an update needs.
 
     cond: conditioning by root. advantage, weight: (E,) of the tree's edges, weight 0 = out of the loss.
-    part: (M,) which inner update a state belongs to.
+    group: (R,) which prompt of the update a root belongs to. part: (M,) which inner update a state belongs to.
     """
 
     tree: samplers.Tree

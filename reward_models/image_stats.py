@@ -22,9 +22,11 @@ def saturation(images: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor) -> Tensor:
-    """(N,) >= 0: variance of the luma's Laplacian (4 neighbours, inner pixels); 0 for a flat image."""
+    """(N,) >= 0: variance of the luma's Laplacian (4 neighbours, inner pixels); 0 for a flat image, NaN below 3 px."""
     y = luma(images)
     laplacian = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:] - 4 * y[:, 1:-1, 1:-1]
+    if laplacian.numel() == 0:  # no inner pixel
+        return torch.full((len(images),), torch.nan, device=images.device)
     return laplacian.flatten(1).var(1, correction=0)
 
 

@@ -67,6 +67,20 @@ def train_with_failing_rank(folder: Path, overrides: Sequence[str]) -> None:
     train(folder, overrides)
 
 
+def train_with_signalled_rank(folder: Path, overrides: Sequence[str]) -> None:
+    """The last process alone gets SIGTERM, while it scores the second update."""
+    score, calls = trainer._score, []
+
+    def signalled(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*arguments)
+
+    trainer._score = signalled
+    train(folder, overrides)
+
+
 def train_and_die_in_a_save(folder: Path, overrides: Sequence[str], resume: bool, operation: int) -> None:
     """SIGKILL before the `operation`-th file operation (sync, rename) of this process's checkpoints."""
     left = operation

@@ -38,10 +38,11 @@ def megabytes(folder: Path) -> float:
 def _finished(model: nn.Module, folder: Path, tokenizer: CLIPTokenizer | None = None) -> dict[str, Any]:
     """Load EMA weights into ``model``; what the stage says of itself. It must have learned with this tokenizer."""
     facts = load_ema(model, folder)
-    if tokenizer is not None and facts.get("tokenizer") != vocabulary_hash(tokenizer):
+    ours = None if tokenizer is None else vocabulary_hash(tokenizer)
+    if ours is not None and facts.get("tokenizer") != ours:
         raise UserError(
-            f"{folder} was trained with vocabulary {facts.get('tokenizer')}; expected {vocabulary_hash(tokenizer)}, that "
-            "of the tokenizer which would ship with it; train the stage again in a new --out"
+            f"{folder} was trained with vocabulary {facts.get('tokenizer')}; expected {ours}, that of the tokenizer "
+            "which would ship with it; train the stage again in a new --out"
         )
     if facts["done"] < facts["steps"]:
         raise UserError(

@@ -146,9 +146,10 @@ def train(
         if on_save is not None:
             on_save(model, step)
 
+    settings = {"seed": seed, "batch": batch, "scenes": len(data["latents"]), "tokenizer": vocabulary_hash(tokenizer)}
     ema = fit(
         model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.999, save_every=save_every, on_save=save,
-        settings={"seed": seed, "batch": batch, "scenes": len(data["latents"]), "tokenizer": vocabulary_hash(tokenizer)},
+        settings=settings,
     )  # fmt: skip
     model.load_state_dict(ema)
     return model

@@ -83,11 +83,11 @@ def caption_loss(said: tuple[Tensor, Tensor, Tensor], captions: Sequence[Metadat
             if "position" in clause:
                 name, target = clause["position"]
                 relations.append((i, a, SHAPES.index(metadata["include"][target]["class"]), *AXES[name]))
-    value = _counted(said[0], count) + _coloured(said[1], worn, worn.any(-1))
+    value = _counted(said[0], count) + _coloured(said[1], worn, worn.max(-1) > 0)
     if not relations:
         return value
-    i, a, b, axis, sign = torch.tensor(relations, device=said[2].device).unbind(1)
-    distance = said[2][i, a, axis] - said[2][i, b, axis]
+    row, first, second, axis, sign = torch.tensor(relations, device=said[2].device).unbind(1)
+    distance = said[2][row, first, axis] - said[2][row, second, axis]
     return value + (distance - APART * sign).square().mean()
 
 

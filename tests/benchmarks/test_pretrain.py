@@ -118,7 +118,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(stage, tmp_path, tokenizer, monk
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_folder_of_another_run_is_refused_and_a_half_trained_stage_is_not_exported(tmp_path, tokenizer):
+def test_a_folder_of_another_run_is_refused_and_an_untrained_stage_is_not_exported(tmp_path, tokenizer):
     _train("clip", tmp_path / "clip", tokenizer, None)
     with pytest.raises(UserError, match="steps 3 .now 4"):
         _train("clip", tmp_path / "clip", tokenizer, None, steps=4)

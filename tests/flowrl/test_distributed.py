@@ -136,6 +136,13 @@ def test_a_failure_on_one_process_ends_all_with_the_state_saved(tmp_path):
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
+def test_a_signal_to_one_process_ends_all_with_the_state_saved(tmp_path):
+    options = ["checkpoint.every=0", "optimizer.inner_updates=2"]
+    assert processes.launched(child_runs.train_with_signalled_rank, tmp_path, options) == [143, 143]
+    assert load_latest(tmp_path / "run" / "checkpoints").step == 2  # together, at the end of that update
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
 def test_a_folder_in_use_ends_all_processes(tmp_path):
     options = ["updates=1"]
     assert processes.wait(processes.start(child_runs.train, tmp_path, options)) == [0]

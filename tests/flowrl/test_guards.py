@@ -81,6 +81,15 @@ def history(n, seed, judge_slope, reward_slope=0.01):
         )
 
 
+def test_an_alarm_that_hovers_at_its_limit_speaks_once():
+    alarms = Alarms(Limits(window=5, diversity_drop=0.3))
+    for update in range(1, 60):
+        rising = {"reward/mean": 0.1 * update + 0.001 * (update % 2)}
+        diversity = 1.0 if update <= 5 else 0.68 if update % 6 < 3 else 0.72  # in and out of the limit
+        alarms.add(update, {**rising, "images/diversity": diversity + 0.0001 * (update % 2)})
+    assert len(alarms.raised) == 1 and "diversity" in alarms.raised[0]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_hacked_run_raises_one_alarm_once(seed):
     alarms = Alarms(Limits(window=10))
