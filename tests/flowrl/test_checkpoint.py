@@ -326,7 +326,7 @@ def test_another_thread_count_is_told(tmp_path):
 def test_the_manifest_says_how_it_was_made(tmp_path):
     manifest = json.loads((save(tmp_path, 3) / "manifest.json").read_text())
     assert manifest["version"] == 1 and manifest["step"] == 3 and manifest["threads"] == torch.get_num_threads()
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert manifest["files"]["state.json"]["size"] == (tmp_path / "step_000003/state.json").stat().st_size
 
 
