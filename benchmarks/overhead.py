@@ -23,7 +23,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,12 @@ from flowrl.config import Config, load_config
 from flowrl.distributed import World
 from flowrl.errors import UserError
 from flowrl.objectives import get_objective
-from flowrl.policies import Policy, load_policy
+from flowrl.policies import PipelinePolicy, load_policy
 from flowrl.policies.weights import LoraSettings
 from flowrl.prompts import load_prompts
 from flowrl.state import State
 from flowrl.trainer import make_plan
-from flowrl.update import Batch, UpdateSettings, accumulate_gradients
+from flowrl.update import Batch, RootConditioning, UpdateSettings, accumulate_gradients
 
 TARGETS = {"rollout": 1.10, "update": 1.15}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -72,7 +71,7 @@ class Bench:
     the recipe's.
     """
 
-    def __init__(self, config: Config, policy: Policy, batch: int, images: int | None = None) -> None:
+    def __init__(self, config: Config, policy: PipelinePolicy, batch: int, images: int | None = None) -> None:
         images = images or config.prompts_per_update * config.group_size
         if batch < ROWS or batch % ROWS or images % ROWS:
             raise UserError(
@@ -85,7 +84,7 @@ class Bench:
         groups = max(1, images // config.group_size)
         texts = [prompt.text for prompt in load_prompts(**config.prompts.model_dump())[:groups]]
         self.group = torch.arange(images) * len(texts) // images
-        self.cond = policy.encode(texts)[self.group]
+        self.cond = RootConditioning(policy.encode(texts), self.group)
         self.keys = [samplers.Key(config.seed, "overhead", 0, int(g), 0, k) for k, g in enumerate(self.group)]
         self.objective = get_objective(
             config.objective.name, clip_range=config.objective.clip, kl_weight=config.objective.kl.weight
@@ -147,13 +146,8 @@ class Bench:
         return [min(self.batch, rows - start) for start in range(0, rows, self.batch)]
 
     def _call(self, size: int) -> Tensor:
-        with self.autocast():
+        with self.policy.autocast():
             return self.policy.network(**self.inputs[size])[0]
-
-    def autocast(self) -> Any:
-        """The policy's own: none in float32."""
-        dtype = getattr(self.policy, "dtype", torch.float32)
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.policy.device.type, dtype)
 
     @torch.no_grad()
     def _capture(self, size: int) -> dict[str, Any]:
@@ -175,7 +169,7 @@ class Bench:
 
 def measure(
     config: Config,
-    policy: Policy,
+    policy: PipelinePolicy,
     batches: Sequence[int],
     repeats: int,
     *,
@@ -199,26 +193,24 @@ def measure(
                 ("rollout", bench.rollout, bench.bare_rollout),
                 ("update", bench.update, bench.bare_update),
             ):
-                if repeat % 2:  # neither side always runs first
-                    pair = seconds(ours), seconds(bare)
-                else:
-                    pair = tuple(reversed((seconds(bare), seconds(ours))))
+                order: list[Callable[[], object]] = [ours, bare] if repeat % 2 else [bare, ours]
+                taken = {run: seconds(run) for run in order}  # neither side always runs first
                 if repeat:
-                    times.setdefault((bench.batch, what), []).append(pair)
+                    times.setdefault((bench.batch, what), []).append((taken[ours], taken[bare]))
     found: dict[int, dict[str, Ratio]] = {}
     for (batch, what), pairs in times.items():
-        ours, bare = zip(*pairs, strict=True)
-        found.setdefault(batch, {})[what] = Ratio(ours, bare)
+        ours_s, bare_s = zip(*pairs, strict=True)
+        found.setdefault(batch, {})[what] = Ratio(ours_s, bare_s)
     return found
 
 
-def _wait(policy: Policy) -> None:
+def _wait(policy: PipelinePolicy) -> None:
     if policy.device.type == "cuda":
         torch.cuda.synchronize(policy.device)
 
 
 def as_json(
-    found: dict[int, dict[str, Ratio]], config: Config, policy: Policy, images: int, clock: str
+    found: dict[int, dict[str, Ratio]], config: Config, policy: PipelinePolicy, images: int, clock: str
 ) -> dict[str, Any]:
     """Everything that the ratios depend on, and the ratios."""
     rows = []
@@ -282,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if given.threads:
         torch.set_num_threads(given.threads)
     p, targets = config.policy, config.policy.lora.targets
-    lora = LoraSettings(p.lora.rank, p.lora.alpha, targets and tuple(targets), p.lora.init, seed=config.seed)
+    chosen = None if targets is None else tuple(targets)
+    lora = LoraSettings(p.lora.rank, p.lora.alpha, chosen, p.lora.init, seed=config.seed)
     policy = load_policy(
         p.path, dtype=p.dtype, device=p.device, quantize=p.quantize, attention=p.attention, train=p.train,
         gradient_checkpointing=p.gradient_checkpointing, revision=p.revision, lora=lora,

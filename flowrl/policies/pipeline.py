@@ -196,7 +196,7 @@ class PipelinePolicy:
             latents, s, cond = latents[index], s[index], cond[index]
         rows = {key: value.to(self.dtype) for key, value in cond.rows.items()}
         uncond = None if cond.uncond is None else {key: value.to(self.dtype) for key, value in cond.uncond.items()}
-        with self._autocast():
+        with self.autocast():
             v = self.backbone.velocity(self.network, latents.to(self.dtype), s, rows, uncond, guidance)
         return v[:n]
 
@@ -330,7 +330,7 @@ class PipelinePolicy:
         self.sets = WeightSets(adapter if self.train == "lora" else {}, adapters=switch)
 
     @contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def autocast(self) -> Iterator[None]:
         """Compute in `dtype`. On a CPU the fused attention is slow backwards in bfloat16 (a fifth of an update of a
         small model), so it is left out there, in rollouts too: both must compute the same bits."""
         with ExitStack() as stack:
