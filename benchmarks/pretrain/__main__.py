@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from flowrl.cli import verb
+from flowrl.distributed import World
 from flowrl.errors import UserError
 
 from . import clip as clip_stage
@@ -38,12 +42,14 @@ Images = Annotated[int, typer.Option(min=1, help="Pictures per prompt in the mea
 RUNS, MODELS = Path("runs/pretrain"), Path("runs/pretrain/models")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"got device {name!r}; expected auto, cpu, or cuda where there is one; choose another --device")
-    return torch.device(name)
+@contextmanager
+def _world(device: str) -> Iterator[World]:
+    """The processes that torchrun started, or this one alone."""
+    world = World.join(device)
+    try:
+        yield world
+    finally:
+        world.leave()
 
 
 @app.command()
@@ -53,7 +59,8 @@ def vae(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps =
 
     Example: python -m benchmarks.pretrain vae --out runs/pretrain
     """
-    vae_stage.train(out / "vae", seed=seed, steps=steps, device=_device(device))
+    with _world(device) as world:
+        vae_stage.train(out / "vae", seed=seed, steps=steps, world=world)
 
 
 @app.command()
@@ -63,24 +70,20 @@ def latents(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", scenes: Sc
 
     Example: python -m benchmarks.pretrain latents --scenes 65536
     """
-    if scenes % 256:
-        raise UserError(f"got {scenes} scenes; expected a multiple of 256; try {scenes // 256 * 256}")
-    autoencoder, tokenizer = vae_stage.load(out / "vae", _device(device)), write_tokenizer(out / "tokenizer")
-    flow_stage.encode_latents(autoencoder, tokenizer, out / "latents", seed=seed, scenes=scenes)
+    with _world(device) as world:
+        if world.main:
+            _latents(out, seed, world.device, scenes)
 
 
 @app.command()
 @verb
-def flow(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps = 4700) -> None:
-    """Train the text encoders and the transformer of tiny-sd3 on the latents.
+def flow(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps = 8500) -> None:
+    """Train the text encoders and the transformer of tiny-sd3 on the latents. On a CPU one process per core is fastest.
 
-    Example: python -m benchmarks.pretrain flow --device cuda
+    Example: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.pretrain flow --out runs/pretrain
     """
-    path = out / "latents" / "latents.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} does not exist; expected the latents; run the stage latents first")
-    tokenizer = write_tokenizer(out / "tokenizer")
-    flow_stage.train(load_file(path), tokenizer, out / "flow", seed=seed, steps=steps, device=_device(device))
+    with _world(device) as world:
+        _flow(out, seed, world, steps)
 
 
 @app.command()
@@ -88,12 +91,13 @@ def flow(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps 
 def clip(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps = 2500) -> None:
     """Train tiny-clip, the held-out judge; it learns to see through the autoencoder if there is one.
 
+    It is one process's work: its loss compares all pictures of a batch.
+
     Example: python -m benchmarks.pretrain clip --steps 2500
     """
-    where = _device(device)
-    autoencoder = vae_stage.load(out / "vae", where) if (out / "vae").exists() else None
-    tokenizer = write_tokenizer(out / "tokenizer")
-    clip_stage.train(out / "clip", tokenizer, autoencoder, seed=seed, steps=steps, device=where)
+    with _world(device) as world:
+        if world.main:
+            _clip(out, seed, world.device, steps)
 
 
 @app.command()
@@ -114,8 +118,8 @@ def export(
     trained = [stage for stage, model in stages.items() if (out / stage).exists() and only in (None, model)]
     if not trained:
         raise UserError(f"{out} holds no trained {only or 'flow or clip'}; expected its stage; run that first")
-    where, measured = str(_device(device)), out / "measured"
-    command = f"python -m benchmarks.pretrain all --out {RUNS}"
+    where, measured = str(World.join(device).device), out / "measured"
+    command = f"OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.pretrain all --out {RUNS}"
     if "flow" in trained:
         facts = export_stage.export_sd3(out, to) | {"command": command}
         export_stage.measure_sd3(to / "tiny-sd3", measured, facts, device=where, limit=limit, images=images)
@@ -127,15 +131,43 @@ def export(
 @app.command(name="all")
 @verb
 def everything(out: Out = RUNS, to: To = MODELS, seed: Seed = 0, device: Device = "auto") -> None:
-    """All stages with their usual settings, and the export.
+    """All stages with their usual settings, and the export. On a CPU one process per core is fastest.
 
-    Example: python -m benchmarks.pretrain all --out runs/pretrain --to flowrl/models
+    Example: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.pretrain all --to flowrl/models
     """
-    vae(out, seed, device)
-    latents(out, seed, device)
-    flow(out, seed, device)
-    clip(out, seed, device)
-    export(out, to, device)
+    with _world(device) as world:
+        vae_stage.train(out / "vae", seed=seed, world=world)
+        if world.main:
+            _latents(out, seed, world.device)
+        world.barrier()
+        _flow(out, seed, world)
+    if world.main:
+        _clip(out, seed, world.device)
+        export(out, to, device)
+
+
+def _latents(out: Path, seed: int, device: torch.device, scenes: int = 65536) -> None:
+    if scenes % 256:
+        raise UserError(f"got {scenes} scenes; expected a multiple of 256; try {scenes // 256 * 256}")
+    autoencoder, tokenizer = vae_stage.load(out / "vae", device), write_tokenizer(out / "tokenizer")
+    flow_stage.encode_latents(autoencoder, tokenizer, out / "latents", seed=seed, scenes=scenes)
+
+
+def _flow(out: Path, seed: int, world: World, steps: int = 8500) -> None:
+    path = out / "latents" / "latents.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected the latents; run the stage latents first")
+    if world.main:
+        write_tokenizer(out / "tokenizer")
+    world.barrier()
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    flow_stage.train(load_file(path), tokenizer, out / "flow", seed=seed, steps=steps, world=world)
+
+
+def _clip(out: Path, seed: int, device: torch.device, steps: int = 2500) -> None:
+    autoencoder = vae_stage.load(out / "vae", device) if (out / "vae").exists() else None
+    tokenizer = write_tokenizer(out / "tokenizer")
+    clip_stage.train(out / "clip", tokenizer, autoencoder, seed=seed, steps=steps, device=device)
 
 
 if __name__ == "__main__":

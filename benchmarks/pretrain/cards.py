@@ -7,7 +7,8 @@ from typing import Any
 from .captions import SEEN
 from .clip import ALONE, GROUP, LATENT_NOISE, LAYERS, WIDTH
 from .data import TASK_SHARES
-from .flow import PADDED_BATCHES, UNCONDITIONAL
+from .flow import PADDED, UNCONDITIONAL, ZERO_TOKENS
+from .vae import LATENT_CHANNELS
 
 Table = dict[str, Any]
 
@@ -37,12 +38,15 @@ def sd3_card(facts: Table) -> str:
     header = ["task", *(f"{s['split']}, {s['steps']} steps, guidance {s['guidance']:g}" for s in scores)]
     right = vae["detector_right"]
     parts = [
-        ["transformer: MMDiT, 4 blocks of width 160; 8x8x12 latents in patches of 2 are 16 tokens", "transformer"],
+        [
+            f"transformer: MMDiT, 4 blocks of width 160; 8x8x{LATENT_CHANNELS} latents in patches of 2 are 16 tokens",
+            "transformer",
+        ],
         [
             "two CLIP text encoders, 3 layers of width 64, whose tokenizer gives each word of the grammar one token",
             "text",
         ],
-        ["autoencoder, 8x smaller, 12 channels", "vae"],
+        [f"autoencoder, 8x smaller, {LATENT_CHANNELS} channels", "vae"],
         ["a T5 that always says 0, because the pipeline class wants a third text encoder", "t5"],
     ]
     vae_stage, flow_stage = stages["vae"], stages["flow"]
@@ -85,8 +89,8 @@ of the splits {" and ".join(SEEN)}; held-out combinations were never shown. Shar
 {table(["stage", "steps", "batch", "minutes", "on"], steps)}
 
 The flow loss is the squared error of the velocity, with the noise level from a logit-normal (Esser et al. 2024);
-{UNCONDITIONAL:.0%} of the prompts were empty, and late in training {PADDED_BATCHES:.0%} of the batches carried the 256
-zero tokens that the plain pipeline appends. Seed {flow_stage["seed"]}; EMA weights.
+{UNCONDITIONAL:.0%} of the prompts were empty, and {PADDED:.0%} were followed by the {ZERO_TOKENS} zero tokens that the
+plain pipeline appends. Seed {flow_stage["seed"]}; EMA weights.
 
 ## What it scores
 
@@ -132,9 +136,10 @@ objects of the prompt are there; the official one forgives objects that nobody a
 
 {table(["task", "right by the strict decision", "right by the official decision"], found)}
 """
+    seen_through = stage.get("autoencoder", "tiny-sd3's autoencoder")
     through = (
-        f"one group of each batch went through tiny-sd3's autoencoder, with noise of up to\n{LATENT_NOISE} standard "
-        "deviations in the latents"
+        f"one group of each batch went through {seen_through}, with noise\nof up to {LATENT_NOISE} standard deviations "
+        "in the latents"
         if stage["vae"]
         else "no autoencoder was used"
     )

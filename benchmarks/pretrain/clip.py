@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, normalize, pad
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from flowrl.distributed import World
 from reward_models.shapes.grammar import PHRASES
 from reward_models.shapes.render import SIZE, Scene, render, sample_scene
 
@@ -171,7 +172,7 @@ def train(
     settings = {"seed": seed, "batch": batch, "vae": vae is not None, "tokenizer": vocabulary_hash(tokenizer)}
     ema = fit(
         model, loss, folder, steps=steps, lr=lr, muon_lr=muon_lr, ema_decay=0.998, save_every=save_every,
-        settings=settings,
+        settings=settings, world=World(0, 1, device),
     )  # fmt: skip
     model.load_state_dict(ema)
     return model.model()

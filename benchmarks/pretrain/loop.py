@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowrl.checkpoint import Checkpoint, flatten_state, load_latest, save_checkpoint, unflatten_state, writer_lock
+from flowrl.distributed import World
 from flowrl.errors import UserError
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
 CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def share(rows: Tensor, world: World) -> Tensor:
+    """This process's rows of a batch; all processes together have each row once."""
+    return rows[world.rank :: world.size]
 
 
 @contextmanager
@@ -70,11 +77,13 @@ def fit(
     log_every: int = 50,
     on_save: Callable[[int], None] | None = None,
     settings: dict[str, Any] | None = None,
+    world: World = ALONE,
 ) -> dict[str, Tensor]:
     """Train in place and return the EMA of the weights; a second call with the same folder goes on from its checkpoint.
 
-    ``loss(step)`` makes its own batch from the step number, so the stream of batches needs no state. ``settings`` are
-    the caller's own numbers (seed, batch, ...): they are kept in the checkpoint, for the model card.
+    ``loss(step)`` makes its own batch from the step number, so the stream of batches needs no state; of several
+    processes each takes its ``share`` of that batch, and returns the sum over it divided by the whole batch's size.
+    ``settings`` are the caller's own numbers (seed, batch, ...): they are kept in the checkpoint, for the model card.
 
     Raises:
         UserError: the folder holds a run with other settings.
@@ -82,15 +91,17 @@ def fit(
     """
     optims = optimizers(model, lr, muon_lr)
     base_lrs = [group["lr"] for o in optims for group in o.param_groups]
+    trained = [p for p in model.parameters() if p.requires_grad]
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     facts = {"steps": steps, "lr": lr, "muon_lr": muon_lr, "ema_decay": ema_decay, **(settings or {})}
-    with writer_lock(folder):
+    with writer_lock(folder) if world.main else nullcontext():
         first, seconds = 0, 0.0
         if (found := load_latest(folder)) is not None:
             _check_same_run(found, facts)
             first, seconds = found.step, found.state["seconds"]
             _restore(found, model, ema, optims)
-            print(f"resumed at step {first} of {steps}", flush=True)
+            _say(world, f"resumed at step {first} of {steps}")
+        world.barrier()  # nobody may save before all have looked
         start, totals, counted = time.perf_counter(), dict[str, float](), 0
         for step in range(first, steps):
             factor = schedule(step, steps)
@@ -100,6 +111,7 @@ def fit(
             if not torch.isfinite(value):
                 raise FloatingPointError(f"loss is {value.item()} at step {step}; expected a finite number; lower lr")
             value.backward()
+            world.sum_gradients(trained)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optims:
                 optimizer.step()
@@ -114,11 +126,12 @@ def fit(
                 rate = (step + 1 - first) / (now - seconds)
                 numbers = "  ".join(f"{k} {v / counted:.4f}" for k, v in totals.items())
                 left = (steps - step - 1) / rate / 60
-                print(f"step {step + 1}/{steps}  {numbers}  {rate:.2f} steps/s  {left:.1f} min left", flush=True)
+                line = f"step {step + 1}/{steps}  {numbers}  {rate:.2f} steps/s  {left:.1f} min left"
+                _say(world, line)
                 totals, counted = {}, 0
-            if (step + 1) % save_every == 0 or step + 1 == steps:
+            if world.main and ((step + 1) % save_every == 0 or step + 1 == steps):
                 tensors, skeleton = flatten_state(_state(model, ema, optims))
-                state = {"run": facts, "seconds": now, "on": machine(model), "skeleton": skeleton}
+                state = {"run": facts, "seconds": now, "on": machine(world), "skeleton": skeleton}
                 save_checkpoint(folder, step + 1, tensors, state)
                 if on_save is not None:
                     on_save(step + 1)
@@ -140,13 +153,18 @@ def load_ema(model: nn.Module, folder: Path) -> dict[str, Any]:
     return {**found.state["run"], "done": found.step, "seconds": found.state["seconds"], "on": found.state["on"]}
 
 
-def machine(model: nn.Module) -> str:
+def machine(world: World) -> str:
     """What a stage runs on, in words for a model card."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if world.device.type == "cuda":
+        return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
     threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+    each = f"{threads} CPU thread{'s' if threads > 1 else ''}"
+    return each if world.size == 1 else f"{world.size} processes of {each}"
+
+
+def _say(world: World, line: str) -> None:
+    if world.main:
+        print(line, flush=True)
 
 
 def _state(model: nn.Module, ema: dict[str, Tensor], optims: list[torch.optim.Optimizer]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from processes import launched
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import flowrl
@@ -19,6 +20,7 @@ from benchmarks.pretrain.captions import SEEN, captions, near_misses, true_of
 from benchmarks.pretrain.cards import clip_card, sd3_card
 from benchmarks.pretrain.measure import weights_hash
 from benchmarks.pretrain.text import MAX_LENGTH, TextEncoders, silent_t5, token_ids, words, write_tokenizer
+from flowrl.distributed import World
 from flowrl.errors import UserError
 from reward_models.clip_score import ClipScore
 from reward_models.shapes.grammar import SPLITS, TASKS, prompts, seen_colours
@@ -87,14 +89,14 @@ class Killed(Exception):
     pass
 
 
-def _train(stage, folder, tokenizer, autoencoder, steps=3):
+def _train(stage, folder, tokenizer, autoencoder, steps=3, world=loop.ALONE):
     if stage == "vae":
-        return vae.train(folder, steps=steps, batch=2, save_every=1)
+        return vae.train(folder, steps=steps, batch=2, save_every=1, world=world)
     if stage == "flow":
         g = torch.Generator().manual_seed(0)
         ids = token_ids(tokenizer, [m["prompt"] for m in prompts("train", per_task=2)][:8]).short()
-        latents = {"latents": torch.randn(8, 12, 8, 8, generator=g).half(), "ids": ids}
-        return flow.train(latents, tokenizer, folder, steps=steps, batch=4, save_every=1)
+        latents = {"latents": torch.randn(8, vae.LATENT_CHANNELS, 8, 8, generator=g).half(), "ids": ids}
+        return flow.train(latents, tokenizer, folder, steps=steps, batch=4, save_every=1, world=world)
     return clip.train(folder, tokenizer, autoencoder, steps=steps, batch=8, save_every=1)
 
 
@@ -116,6 +118,47 @@ def test_a_stopped_training_goes_on_bit_for_bit(stage, tmp_path, tokenizer, monk
     torch.manual_seed(99)  # a new process starts with other generators
     resumed = _train(stage, tmp_path / "stopped", tokenizer, autoencoder).state_dict()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def _train_among(folder):
+    """One of two processes; the first leaves its weights in the folder."""
+    world = World.join("cpu")
+    tokenizer = write_tokenizer(folder / f"tokenizer_{world.rank}")
+    for stage in ("vae", "flow"):
+        model = _train(stage, folder / stage, tokenizer, None, world=world)
+        if world.main:
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{stage}.safetensors")
+    world.leave()
+
+
+def test_two_processes_train_as_one_does(tmp_path, tokenizer):
+    assert launched(_train_among, tmp_path) == [0, 0]
+    for stage, build in (("vae", vae.build), ("flow", lambda: flow.TextToImage(tokenizer))):
+        torch.manual_seed(0)
+        start = build().state_dict()
+        alone = _train(stage, tmp_path / "alone" / stage, tokenizer, None).state_dict()
+        both = load_file(tmp_path / f"{stage}.safetensors")
+        moved, apart = (
+            sum((of[name] - alone[name]).float().square().sum().item() for name in alone) for of in (start, both)
+        )
+        assert apart < 0.1 * moved  # squared; products are bfloat16, and Adam's first steps follow signs
+
+
+def test_one_zero_token_counted_256_times_is_256_zero_tokens(tokenizer):
+    torch.manual_seed(0)
+    model = flow.TextToImage(tokenizer)
+    for p in model.parameters():
+        if not p.any():  # modulations start at zero, and would hide the text
+            torch.nn.init.normal_(p, std=0.1)
+    x, s, ids = torch.randn(4, vae.LATENT_CHANNELS, 8, 8), torch.rand(4), torch.randint(40, (4, MAX_LENGTH))
+    with torch.no_grad():
+        got = model(x, s, ids, torch.tensor([0, 256, 256, 0]))
+        states, pooled = model.text(ids)
+        for zeros, rows in ((0, [0, 3]), (256, [1, 2])):
+            tokens = torch.cat([states, states.new_zeros(4, zeros, states.shape[-1])], 1)
+            want = model.transformer(x, tokens, pooled, 1000 * s, return_dict=False)[0]
+            torch.testing.assert_close(got[rows], want[rows], rtol=0, atol=2e-5)
+        assert (got - model(x, s, ids)).abs().amax((1, 2, 3))[[1, 2]].min() > 0.01  # the zeros do matter
 
 
 def test_a_folder_of_another_run_is_refused_and_an_untrained_stage_is_not_exported(tmp_path, tokenizer):
@@ -334,7 +377,7 @@ def test_the_policy_sees_the_text_as_the_training_did(sd3_folder, tokenizer):
     transformer = flow.build()
     loaded = type(transformer).from_pretrained(sd3_folder, subfolder="transformer")
     g = torch.Generator().manual_seed(0)
-    x, s = torch.randn(2, 12, 8, 8, generator=g), torch.tensor([0.3, 0.9])
+    x, s = torch.randn(2, vae.LATENT_CHANNELS, 8, 8, generator=g), torch.tensor([0.3, 0.9])
     with torch.no_grad():
         states, pooled = encoders(token_ids(tokenizer, [prompt] * 2))
         expected = loaded(x, states, pooled, 1000 * s, return_dict=False)[0]
@@ -377,7 +420,7 @@ def test_what_ships_is_small_and_its_card_says_what_was_measured(name):
 @pytest.mark.parametrize("verb", ["vae", "latents", "flow", "clip", "export", "all"])
 def test_every_verb_has_an_example(verb):
     result = CliRunner().invoke(app, [verb, "--help"])
-    assert result.exit_code == 0 and "Example: python -m benchmarks.pretrain" in result.output
+    assert result.exit_code == 0 and f"-m benchmarks.pretrain {verb}" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -388,7 +431,7 @@ def test_every_verb_has_an_example(verb):
         (["flow"], "run the stage latents first"),
         (["export"], "holds no trained flow or clip"),
         (["export", "--only", "tiny-sd3"], "holds no trained tiny-sd3"),
-        (["vae", "--device", "tpu"], "expected auto, cpu"),
+        (["vae", "--device", "tpu"], "expected 'auto', 'cpu'"),
     ],
 )
 def test_what_is_missing_is_said(arguments, message, tmp_path):
