@@ -19,6 +19,10 @@ import typer
 from flowrl import __version__
 from flowrl.errors import GuardStop, UserError
 
+# Loggers of libraries that speak of extras which nobody needs here, and of long prompts before they are cut (of the cut
+# itself diffusers warns).
+CHATTER = ("transformers.utils.import_utils", "transformers.tokenization_utils_base", "bitsandbytes.backends.cpu.ops")
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -36,11 +40,21 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Entry point of the console script."""
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices about absent extras are not for our users
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    _quiet_libraries()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flowrl").setLevel(logging.INFO)  # such as the memory that full fine-tuning takes
     app()
+
+
+def _quiet_libraries() -> None:
+    """Silence loading bars and CHATTER, unless the environment asks for them; other warnings stay.
+
+    By variables and names, because importing these libraries takes seconds.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of hub downloads do not heed it, and stay
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        for name in CHATTER:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def verb(command: Callable[P, R]) -> Callable[P, R]:

@@ -168,21 +168,15 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, processes:
     path = Path(source)
     data = read_yaml(path if path.is_file() or path.suffix in (".yaml", ".yml") else shipped_config(str(source)))
     data, found = apply_overrides(data, overrides)
-    return _with_dtype(parse_config(data, processes=processes, already=found))
-
-
-def _with_dtype(config: Config) -> Config:
-    """The config with `policy.dtype: auto` replaced by the type for its device: a run folder says what it was."""
-    if config.policy.dtype != "auto":
-        return config
-    from flowrl.policies.loading import native_dtype
-
-    dtype = native_dtype(config.policy.device)
-    return config.model_copy(update={"policy": config.policy.model_copy(update={"dtype": dtype})})
+    return parse_config(data, processes=processes, already=found)
 
 
 def parse_config(data: Data, *, processes: int = 1, already: Sequence[str] = ()) -> Config:
-    """Check a nested dictionary against the schema and the cross-field rules; see `load_config`."""
+    """Check a nested dictionary against the schema and the cross-field rules; see `load_config`.
+
+    `policy.dtype: auto` becomes the type for the device, `rollout.level: null` the kernel's: a run folder says what
+    they were.
+    """
     found = list(already)
     broken: set[str] = set()
     config: Config | None = None
@@ -200,7 +194,21 @@ def parse_config(data: Data, *, processes: int = 1, already: Sequence[str] = ())
     if found or config is None:
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
         raise UserError("\n".join([f"the configuration has {count}:", *(f"  - {line}" for line in found)]))
-    return config
+    return _settled(config)
+
+
+def _settled(config: Config) -> Config:
+    """The config with the values that follow from the device and from the kernel in place of "auto" and null."""
+    policy, rollout = config.policy, config.rollout
+    if policy.dtype == "auto":
+        from flowrl.policies.loading import native_dtype
+
+        policy = policy.model_copy(update={"dtype": native_dtype(policy.device)})
+    if rollout.level is None:
+        from samplers.kernels import get_kernel
+
+        rollout = rollout.model_copy(update={"level": get_kernel(rollout.kernel).default_level})
+    return config.model_copy(update={"policy": policy, "rollout": rollout})
 
 
 def resolved_yaml(config: Config) -> str:

@@ -101,7 +101,7 @@ def _kernel(config: Config) -> Iterator[Problem]:
         return
     kernel = get_kernel(rollout.kernel)
     low, high = kernel.level_range
-    if not low <= rollout.level <= high:
+    if rollout.level is not None and not low <= rollout.level <= high:
         yield Problem(
             ("rollout.kernel", "rollout.level"),
             f"rollout.level is {rollout.level}; expected a level in [{low:g}, {high:g}] for kernel {rollout.kernel}; "

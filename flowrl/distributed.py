@@ -7,6 +7,8 @@ tensors only, and every exchange is a function of all ranks in rank order, so th
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +77,19 @@ class World:
         dist.all_gather(parts, padded.contiguous())
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise on every process if one has an error: its own where there is one, elsewhere a UserError."""
-        if self.any(error is not None):
-            raise error or UserError("another process of this run has stopped; its message says why")
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that ends on all processes as soon as it fails on one: there with its own error, elsewhere a UserError.
+
+        Every process must come here, and the work may exchange nothing; all wait for each other at its end.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # whatever it is: raised again below, once the others know
+            failure = error
+        if self.any(failure is not None):
+            raise failure or UserError("another process of this run has stopped; its message says why")
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over processes (the loss is already divided by the global count).

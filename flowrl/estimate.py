@@ -1,45 +1,63 @@
 """What a run will need, before it runs: memory, time per update, disk. No weights are loaded for the sizes.
 
-The network is built from its config.json on torch's meta device, where tensors have shapes but no storage. One forward
-of one row there gives its exact matrix-product FLOPs, and autograd's hooks the bytes it keeps for the backward.
-Everything else is arithmetic on the config. Time is measured where the policy is local and small, otherwise it is
-FLOPs over the throughput of a matrix product on this machine. Expect the truth within a factor of about 1.5.
+Network and decoder are built from their config.json on torch's meta device, where tensors have shapes but no storage.
+One forward of one row gives the network's exact matrix-product FLOPs. For memory a micro-batch goes forward and
+backward there, and a decoder call forward, and after every operation the bytes that are alive are counted:
+
+    activations  most bytes alive at once in forward and backward of a micro-batch, as the policy pads it: what is kept
+                 for the backward, the block that gradient checkpointing recomputes, gradients on their way
+    decoding     most bytes alive in one decoder call + the images of one chunk, at the larger size of rollout and eval
+
+They take turns, so the larger counts. Everything else is arithmetic on the config. Not counted: what rewards need, the
+workspaces of convolutions, and what autocast keeps in float32. Time is measured where the policy is local and small,
+otherwise it is FLOPs over the throughput of a matrix product on this machine. Expect the truth within a factor of 1.5.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import samplers
 from flowrl.config import Config
 from flowrl.errors import UserError
 from flowrl.policies import LoraSettings, load_policy
 from flowrl.policies.loading import DTYPES, find_device, model_index, resolve
-from flowrl.policies.pipeline import BACKBONES
+from flowrl.policies.pipeline import BACKBONES, ROWS
 from flowrl.prompts import load_prompts
+from flowrl.schema import EvalConfig, RolloutConfig
 
 GIB = 2**30
 SMALL = 100_000_000  # parameters up to which a policy is loaded and timed
 EFFICIENCY = 0.5  # of a large matrix product's throughput, reached by a whole network
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.05, "nf4": 0.56}  # with their scales
+Inputs = Callable[[int], dict[str, Tensor]]  # of a network, for so many rows
 
 
 @dataclass(frozen=True)
 class Network:
-    """Sizes of a policy. `flops`: one row, forward. `kept`: bytes one row keeps for the backward."""
+    """Sizes of a policy. `flops`: one row, forward. `rows`: of a micro-batch, as the network sees them.
+
+    `activations`, `decoding`: bytes, see the module.
+    """
 
     parameters: int
     trainable: int
     flops: float
-    kept: float
+    rows: int
+    activations: float
+    decoding: float
     latent: int
     text_tokens: int
     text_width: int
@@ -80,8 +98,8 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
     """Estimate one process of a run on this machine. Reads config files, and weights of small policies."""
     policy, rollout = config.policy, config.rollout
     device = find_device(policy.device)
-    network = describe(config)
     groups = -(-config.prompts_per_update // processes)
+    network = describe(config, groups)
     plan = samplers.plans.straight(
         torch.linspace(1, 0, rollout.steps + 1, dtype=torch.float64), trained=_trained(config)
     )
@@ -102,8 +120,8 @@ def _trained(config: Config) -> range:
     return range(config.rollout.trained_steps if window is None else window.size)
 
 
-def describe(config: Config) -> Network:
-    """Sizes of the policy that a config names, from its config files."""
+def describe(config: Config, groups: int | None = None) -> Network:
+    """Sizes of the policy that a config names, from its config files. groups: of this process; default all."""
     source = resolve(config.policy.path)
     index = model_index(source, config.policy.revision)
     kind = BACKBONES[index["_class_name"]]
@@ -112,21 +130,27 @@ def describe(config: Config) -> Network:
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     flux = index["_class_name"] == "FluxPipeline"
     side = 128 if flux else network_config["sample_size"]
-    height, width = ((pixels or side * scale) // scale for pixels in (config.rollout.height, config.rollout.width))
+
+    def latent_size(section: RolloutConfig | EvalConfig) -> tuple[int, int]:
+        return (section.height or side * scale) // scale, (section.width or side * scale) // scale
+
+    height, width = latent_size(config.rollout)
     text = _text_tokens(source, config, flux)
     model = _on_meta(index["transformer"][1], network_config, config, kind.lora_targets)
-    inputs = (
-        _flux_inputs(network_config, height, width, text) if flux else _sd3_inputs(network_config, height, width, text)
-    )
-    flops, kept = _one_row(model, inputs)
+    inputs = (_flux_inputs if flux else _sd3_inputs)(network_config, height, width, text)
+    calls = 1 if flux or config.rollout.guidance == 1.0 else 2
+    states = (groups or config.prompts_per_update) * config.group_size * len(_trained(config))
+    rows = _padded(min(config.optimizer.micro_batch, states)) * calls
+    flops, activations = _flops(model, inputs), _activations(model, inputs, rows)
     own = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     other = {name: _size_of(source, name, index, config) for name in ("vae", *kind.text_parts)}
     channels = network_config["in_channels"] // (4 if flux else 1)
-    guided = not flux and config.rollout.guidance != 1.0
+    decoded = {latent_size(section) for section in (config.rollout, config.eval) if section is not None}
+    decoding = max(_decoding(vae, channels, *size, config.rollout.chunk) for size in decoded)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width_of_text = network_config["joint_attention_dim"]
     latent = channels * height * width
-    return Network(own, trained, flops, kept, latent, text, width_of_text, 2 if guided else 1, other)
+    return Network(own, trained, flops, rows, activations, decoding, latent, text, width_of_text, calls, other)
 
 
 def _read(source: str, file: str, config: Config) -> dict[str, Any]:
@@ -165,70 +189,134 @@ def _on_meta(name: str, network: dict[str, Any], config: Config, targets: tuple[
     import diffusers
     from peft import LoraConfig
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[config.policy.dtype])
-    try:
-        with torch.device("meta"):
-            model = getattr(diffusers, name).from_config(network)
-            if config.policy.train == "lora":
-                model.requires_grad_(False)
-                lora = config.policy.lora
-                model.add_adapter(
-                    LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets or targets))
-                )
-            if config.policy.gradient_checkpointing:
-                model.enable_gradient_checkpointing()
-    finally:
-        torch.set_default_dtype(before)
+    with _meta(DTYPES[config.policy.dtype]):
+        model = getattr(diffusers, name).from_config(network)
+        if config.policy.train == "lora":
+            model.requires_grad_(False)
+            lora = config.policy.lora
+            model.add_adapter(
+                LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets or targets))
+            )
+    if config.policy.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     return model
 
 
-def _sd3_inputs(network: dict[str, Any], height: int, width: int, text: int) -> Callable[[], dict[str, Tensor]]:
-    return lambda: {
-        "hidden_states": torch.zeros(1, network["in_channels"], height, width),
-        "encoder_hidden_states": torch.zeros(1, text, network["joint_attention_dim"]),
-        "pooled_projections": torch.zeros(1, network["pooled_projection_dim"]),
-        "timestep": torch.zeros(1),
+def _sd3_inputs(network: dict[str, Any], height: int, width: int, text: int) -> Inputs:
+    return lambda rows: {
+        "hidden_states": torch.zeros(rows, network["in_channels"], height, width),
+        "encoder_hidden_states": torch.zeros(rows, text, network["joint_attention_dim"]),
+        "pooled_projections": torch.zeros(rows, network["pooled_projection_dim"]),
+        "timestep": torch.zeros(rows),
     }
 
 
-def _flux_inputs(network: dict[str, Any], height: int, width: int, text: int) -> Callable[[], dict[str, Tensor]]:
+def _flux_inputs(network: dict[str, Any], height: int, width: int, text: int) -> Inputs:
     tokens = height * width // 4
-    return lambda: {
-        "hidden_states": torch.zeros(1, tokens, network["in_channels"]),
-        "encoder_hidden_states": torch.zeros(1, text, network["joint_attention_dim"]),
-        "pooled_projections": torch.zeros(1, network["pooled_projection_dim"]),
-        "timestep": torch.zeros(1),
+    return lambda rows: {
+        "hidden_states": torch.zeros(rows, tokens, network["in_channels"]),
+        "encoder_hidden_states": torch.zeros(rows, text, network["joint_attention_dim"]),
+        "pooled_projections": torch.zeros(rows, network["pooled_projection_dim"]),
+        "timestep": torch.zeros(rows),
         "img_ids": torch.zeros(tokens, 3),
         "txt_ids": torch.zeros(text, 3),
-        **({"guidance": torch.ones(1)} if network.get("guidance_embeds") else {}),
+        **({"guidance": torch.ones(rows)} if network.get("guidance_embeds") else {}),
     }
 
 
-def _one_row(model: torch.nn.Module, inputs: Callable[[], dict[str, Tensor]]) -> tuple[float, float]:
-    """(forward FLOPs, bytes kept for the backward) of one row, on the meta device."""
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As the kernels of real devices have it, which keep no scores; on meta torch would take attention apart."""
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+
+
+@contextmanager
+def _meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """New tensors have this number format and no storage; attention is `_attention`."""
+    before = torch.get_default_dtype(), F.scaled_dot_product_attention
+    torch.set_default_dtype(dtype)
+    F.scaled_dot_product_attention = _attention  # not a function mode: those are off while a backward recomputes
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before[0])
+        F.scaled_dot_product_attention = before[1]
+
+
+def _flops(model: torch.nn.Module, inputs: Inputs) -> float:
+    """Of the matrix products in the forward of one row."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
+    with _meta(next(model.parameters()).dtype), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs(1))
+    return float(counter.get_total_flops())
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        scores = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2]  # attention scores: fused kernels keep none
-        if storage not in own and not scores:
-            kept[storage] = tensor
-        return tensor
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(next(model.parameters()).dtype)
-    try:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            given = inputs()
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                model(**given)
-    finally:
-        torch.set_default_dtype(before)
-    return float(counter.get_total_flops()), float(sum(t.numel() * t.element_size() for t in kept.values()))
+def _activations(model: torch.nn.Module, inputs: Inputs, rows: int) -> float:
+    """Most bytes alive in forward and backward of so many rows; weights and their gradients are not among them."""
+    with _meta(next(model.parameters()).dtype):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        weights = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+        with _Live(weights) as live:
+            model(**inputs(rows), return_dict=False)[0].square().mean().backward()
+    return float(live.peak)
+
+
+class _Live(TorchDispatchMode):
+    """`peak`: most bytes alive at one time of the tensors made inside; `given` were made before and do not count."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        number, size = storage._cdata, storage.nbytes()
+        self.known.add(number)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, number, size)
+
+    def _free(self, number: int, size: int) -> None:
+        self.known.discard(number)
+        self.now -= size
+
+
+def _decoding(vae: dict[str, Any], channels: int, height: int, width: int, chunk: int) -> float:
+    """Most bytes alive while a chunk of latents (channels, height, width) is decoded, its images so far included.
+
+    The calls are those of `PipelinePolicy.decode`: few rows at a time, large images in tiles.
+    """
+    import diffusers
+
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    pixels = height * width * scale**2
+    with _meta(), torch.no_grad():
+        model = diffusers.AutoencoderKL.from_config(vae)
+        if pixels >= 1024**2:
+            model.enable_tiling()
+        latents = torch.zeros(max(1, min(ROWS, 1024**2 // pixels)), channels, height, width)
+        with _Live([latents, *model.parameters()]) as live:
+            model.decode(latents, return_dict=False)
+    return float(live.peak + 4 * 3 * pixels * chunk)
 
 
 def _size_of(source: str, part: str, index: dict[str, Any], config: Config) -> int:
@@ -255,7 +343,6 @@ def _memory(config: Config, network: Network, groups: int, device: torch.device)
     full = policy.train == "full"
     states = 2.0 if optimizer.name == "adamw8bit" else 8.0
     copies = 1 + (config.ema is not None)  # gradients, and the average where there is one
-    rows = min(optimizer.micro_batch, groups * config.group_size * len(_trained(config))) * network.calls
     encoders = sum(n for name, n in network.other.items() if name != "vae") * BYTES[policy.dtype]
     latents = groups * config.group_size * (len(_trained(config)) + 2) * network.latent * 4.0
     found = {
@@ -264,7 +351,8 @@ def _memory(config: Config, network: Network, groups: int, device: torch.device)
         "adapters": 0.0 if full else network.trainable * 4.0,
         "gradients and average": network.trainable * 4.0 * copies,
         "optimizer": network.trainable * states,
-        f"activations of {rows} rows": rows * network.kept,
+        f"activations of {network.rows} rows": network.activations,
+        "more, while decoding": max(0.0, network.decoding - network.activations),  # the two take turns
         "latents": latents,
         "vae": network.other["vae"] * 4.0,
         "text encoders": 0.0 if policy.embedding_cache else encoders,
@@ -274,6 +362,11 @@ def _memory(config: Config, network: Network, groups: int, device: torch.device)
     later = sum(found.values()) - found["network"] - found["libraries"] - found["vae"]
     found["encoding, before training"] = max(0.0, encoders - later) if policy.embedding_cache else 0.0
     return {name: size for name, size in found.items() if size > 0}
+
+
+def _padded(rows: int) -> int:
+    """The rows that the network is given for these."""
+    return -(-rows // ROWS) * ROWS
 
 
 def _disk(config: Config, network: Network) -> dict[str, float]:
@@ -308,18 +401,20 @@ def _seconds(
         )
     again = 1.33 if config.policy.gradient_checkpointing else 1.0
     reference = cost.training_forwards * forward if config.objective.kl.weight > 0 else 0.0
+    chunk, micro_batch = config.rollout.chunk, config.optimizer.micro_batch  # padded, where they are small
+    update = (cost.training_forwards * forward * 3.0 * again + reference) * config.optimizer.epochs
     return {
-        "sampling": cost.sampling_calls * forward,
-        "update": (cost.training_forwards * forward * 3.0 * again + reference) * config.optimizer.epochs,
+        "sampling": cost.sampling_calls * forward * _padded(chunk) / chunk,
+        "update": update * _padded(micro_batch) / micro_batch,
     }
 
 
 def _measured(config: Config, network: Network) -> float:
-    """Seconds per predicted row of the policy itself, at the rollout's chunk."""
+    """Seconds per predicted row of the policy itself, at the rollout's chunk, padded."""
     policy = load_policy(
         config.policy.path, dtype=config.policy.dtype, device=config.policy.device, train="lora", lora=LoraSettings()
     )
-    rows = min(config.rollout.chunk, config.prompts_per_update * config.group_size)
+    rows = _padded(min(config.rollout.chunk, config.prompts_per_update * config.group_size))
     cond = policy.encode(["a"])[torch.zeros(rows, dtype=torch.long)]
     x = torch.zeros(rows, *policy.latent_shape(config.rollout.height, config.rollout.width), device=policy.device)
     s = torch.full((rows,), 0.5, device=policy.device)

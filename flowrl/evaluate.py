@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,11 @@ from flowrl.prompts import Prompt, split
 from flowrl.sampling import SampleSettings, generate
 from flowrl.sheets import save_png
 from flowrl.summary import ROW_FILES, EvalRow, value
+from flowrl.update import with_halving
 from reward_models.image_stats import image_statistics, in_group_diversity
 from reward_models.protocol import Reward, checked_score
+
+log = logging.getLogger(__name__)
 
 SMALL = 128  # pictures up to this many pixels a side are all kept; of larger ones the first of each prompt
 BATCH = 64  # images scored together
@@ -48,15 +52,42 @@ def evaluate(
     world: World,
     pictures: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] = log.info,
 ) -> list[EvalRow]:
     """Draw `settings.images_per_prompt` images of each prompt and score them.
 
     Returns the rows of all prompts on every process that had one (the first always has).
-    pictures: folder for PNGs (named by prompt and seed number), or None for none.
+    pictures: folder for PNGs (named by prompt and seed number), or None for none. on_progress: gets the numbers of this
+    process's prompts that are done, and of all of them. note: gets a line when memory runs out and smaller model calls
+    go on.
     """
     numbers = split(range(len(prompts)), world.rank, world.size)
+
+    def draw(chunk: int) -> tuple[list[tuple[str, str]], list[Tensor]]:
+        return _draw(policy, prompts, numbers, replace(settings, chunk=chunk), scorers, pictures, on_progress)
+
+    with world.together():
+        (names, table), _ = with_halving(draw, settings.chunk, "the evaluation", note)
+    k = settings.images_per_prompt
+    columns = int(world.max(torch.tensor([len(names)])))
+    everything = world.gather(torch.cat(table).double() if table else torch.zeros(0, k, columns).double())
+    if not names:
+        return []
+    side = max(settings.height or policy.resolution, settings.width or policy.resolution)
+    return [
+        _row(number, seed, prompt, names, everything[number, seed].tolist(), pictures, side)
+        for number, prompt in enumerate(prompts)
+        for seed in range(k)
+    ]
+
+
+def _draw(
+    policy: Policy, prompts: Sequence[Prompt], numbers: Sequence[int], settings: SampleSettings, scorers: Scorers,
+    pictures: Path | None, on_progress: Callable[[int, int], None] | None,
+) -> tuple[list[tuple[str, str]], list[Tensor]]:  # fmt: skip
+    """Draw and measure the prompts of these numbers: (kind, name) of the columns, and (P, K, columns) in parts."""
     mine = [prompts[number] for number in numbers]
-    names: list[tuple[str, str]] | None = None
+    names: list[tuple[str, str]] = []
     table: list[Tensor] = []
     waiting: list[tuple[int, Tensor]] = []
     done = 0
@@ -76,17 +107,7 @@ def evaluate(
             waiting = []
             if on_progress is not None:
                 on_progress(done, len(mine))
-    k = settings.images_per_prompt
-    columns = int(world.max(torch.tensor([len(names or ())])))
-    everything = world.gather(torch.cat(table).double() if table else torch.zeros(0, k, columns).double())
-    if names is None:
-        return []
-    side = max(settings.height or policy.resolution, settings.width or policy.resolution)
-    return [
-        _row(number, seed, prompt, names, everything[number, seed].tolist(), pictures, side)
-        for number, prompt in enumerate(prompts)
-        for seed in range(k)
-    ]
+    return names, table
 
 
 def _measure(

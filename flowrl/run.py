@@ -30,7 +30,6 @@ from flowrl.runlog import METRICS, RunLog
 from flowrl.schema import EvalConfig
 from flowrl.state import State
 from flowrl.summary import ROW_FILES, EvalRow, build_summary, headline, names, paired, read_rows, write_summary
-from flowrl.update import with_halving
 from reward_models.protocol import RewardSpec
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
@@ -73,15 +72,12 @@ class Run:
 
         Raises UserError when it holds another run, holds this one and `resume` is not set, or has nothing to resume.
         """
-        folder, problem = Path(config.output_dir), None
+        folder = Path(config.output_dir)
         with ExitStack() as stack:
-            if world.main:
-                try:
+            with world.together():
+                if world.main:
                     _claim(config, folder, resume, stack)
                     write_environment(folder, str(world.device), world.size, rewards)
-                except UserError as error:
-                    problem = error
-            world.agree(problem)
             stop = stack.enter_context(StopSignals())
             run = Run(config, folder, world, resume, config.rollout.chunk, config.optimizer.micro_batch, stop)
             try:
@@ -96,8 +92,7 @@ class Run:
             warnings.simplefilter("always")
             found = load_latest(self.folder / CHECKPOINTS) if self.resumed else None
         if found is not None:
-            state.unpack(policy, found.tensors, found.state)
-            state.wall_s = found.state["wall_s"]
+            state.unpack(policy, found)
         self.log = RunLog(
             self.folder,
             self.config.logging.trackers,
@@ -167,10 +162,10 @@ class Run:
 
         with self._trained(policy) if stage == "after" else nullcontext():
             rows = self._draw(policy, scorers, e, pictures=self.folder / "samples" / stage, on_progress=progress)
-        if self.world.main:
-            evaluation.write_rows(self.folder, stage, rows)
-            self.note(f"{stage.replace('_', ', ')}: {_spoken(rows)}")
-        self.world.barrier()
+        with self.world.together():
+            if self.world.main:
+                evaluation.write_rows(self.folder, stage, rows)
+                self.note(f"{stage.replace('_', ', ')}: {_spoken(rows)}")
         return rows
 
     def evaluate_now(self, policy: Policy, scorers: evaluation.Scorers | None) -> dict[str, float]:
@@ -183,13 +178,11 @@ class Run:
     def _draw(
         self, policy: Policy, scorers: evaluation.Scorers, section: EvalConfig, **options: Any
     ) -> list[EvalRow]:  # fmt: skip
-        """Rows of an evaluation with these settings, in smaller model calls if memory runs out."""
-
-        def rows(chunk: int) -> list[EvalRow]:
-            settings = evaluation.settings_of(section, self.config.seed, chunk)
-            return evaluation.evaluate(policy, self.eval_prompts(), settings, scorers, world=self.world, **options)
-
-        return with_halving(rows, self.chunk, "the evaluation", self.note)[0]
+        """Rows of an evaluation with these settings."""
+        return evaluation.evaluate(
+            policy, self.eval_prompts(), evaluation.settings_of(section, self.config.seed, self.chunk), scorers,
+            world=self.world, note=self.note, **options,
+        )  # fmt: skip
 
     def _trained(self, policy: Policy) -> Any:
         """The weights that are evaluated and exported: the moving average where there is one."""
@@ -223,14 +216,10 @@ class Run:
 
     def save(self, state: State, policy: Policy) -> None:
         """Write a checkpoint of the boundary that `state` is at."""
-        problem = None
-        if self.world.main:
-            try:
+        with self.world.together():  # a full disk ends them all
+            if self.world.main:
                 self._write(*state.pack(policy), state)
-            except UserError as error:  # a full disk
-                problem = error
         self.committed = False
-        self.world.agree(problem)
 
     def save_last_good(self, state: State, policy: Policy) -> None:
         """Write the state of the last update boundary, if memory still holds it; else the last checkpoint stands."""
@@ -263,10 +252,11 @@ class Run:
     # ---- the end
 
     def finish(self, state: State, policy: Policy) -> dict[str, Any]:
-        """Alarms of the whole run, summary, adapter, sheets and report; returns the summary."""
-        if not self.world.main:
-            self.world.barrier()
-            return {}
+        """Alarms of the whole run, summary, adapter, sheets and report; returns the summary (others: nothing)."""
+        with self.world.together():
+            return self._finish(state, policy) if self.world.main else {}
+
+    def _finish(self, state: State, policy: Policy) -> dict[str, Any]:
         before, after = (read_rows(self.folder, stage) for stage in ("before", "after"))
         found = find_alarms(_changes(before, after), state.alarms.limits)
         alarms = [*state.alarms.raised, *(f"after training: {text}" for text in found.values())]
@@ -299,7 +289,6 @@ class Run:
         from flowrl.report import write_report
 
         self.note(f"report: {write_report(self.folder)}")
-        self.world.barrier()
         return summary
 
 
@@ -362,6 +351,6 @@ def _spoken(rows: list[EvalRow]) -> str:
 
 
 def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in MB."""
+    """Largest resident memory of this process so far, in MB of 1e6 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # bytes there, KiB elsewhere

@@ -86,7 +86,12 @@ class RolloutConfig(Section):
     height: Pixels | None = Field(None, description="image height in pixels; null: what the pipeline was made for")
     width: Pixels | None = Field(None, description="image width in pixels; null: what the pipeline was made for")
     kernel: KernelName = Field("flow", description="how one denoising step draws its noise")
-    level: float = Field(0.7, ge=0.0, description="noise level of the kernel; 0 is the ODE and cannot be trained")
+    level: float | None = Field(
+        None,
+        ge=0.0,
+        description="noise level; 0 is the ODE and cannot be trained; null: the published one of the kernel (flow 0.7, "
+        "dance and dance_precise 0.3, cps 0.8, precise 1.5, ddim and consistency 1)",
+    )
     reduction: Reduction = Field("mean", description="log-probability: mean or sum over latent elements")
     density: DensityName = Field("gaussian", description="gaussian, or unscaled (without the factor 1 / (2 c^2))")
     train_fraction: Share = Field(0.99, description="share of leading steps that is trained; the last one never is")

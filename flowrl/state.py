@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 import samplers
-from flowrl.checkpoint import flatten_state, unflatten_state
+from flowrl import __version__
+from flowrl.checkpoint import Checkpoint, flatten_state, unflatten_state
 from flowrl.config import Config
 from flowrl.distributed import World
 from flowrl.ema import Ema
 from flowrl.errors import UserError
 from flowrl.guards import Alarms, Limits, ScaleSkips, require_finite
 from flowrl.policies import Policy
+
+FORMAT = 1  # of what `State.pack` gives; raise it whenever a key comes, goes or changes its meaning
 
 
 def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
@@ -109,7 +112,9 @@ class State:
         tensors, skeleton = flatten_state(self.optimizer.state_dict(), "optimizer")
         tensors |= {f"weights/{name}": tensor.detach() for name, tensor in policy.named_states().items()}
         counters = {
+            "format": FORMAT,
             "update": self.update,
+            "wall_s": self.wall_s,
             "cost": asdict(self.cost),
             "ratio_max_dev": self.ratio_max_dev,
             "optimizer": skeleton,
@@ -120,18 +125,39 @@ class State:
         }
         return tensors, counters
 
-    def unpack(self, policy: Policy, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Inverse of `pack`, in place."""
-        prefix = "weights/"
+    def unpack(self, policy: Policy, found: Checkpoint) -> None:
+        """Inverse of `pack`, in place. UserError where the checkpoint is of another format or lacks something."""
+        _check_format(found, self.pack(policy)[1])
+        tensors, counters, prefix = found.tensors, found.state, "weights/"
         weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         policy.load_named_states(weights)
         self.optimizer.load_state_dict(unflatten_state(tensors, counters["optimizer"]))
-        if counters["scaler"]:
-            self.scaler.load_state_dict(counters["scaler"])
-        if self.ema and counters["ema"]:
+        self.scaler.load_state_dict(counters["scaler"])
+        if self.ema:
             self.ema.load_state_dict(counters["ema"])
         self.alarms.load_state_dict(counters["alarms"])
         self.skips.load_state_dict(counters["skips"])
-        self.update = counters["update"]
+        self.update, self.wall_s = counters["update"], counters["wall_s"]
         self.cost = samplers.Cost(**counters["cost"])
         self.ratio_max_dev = counters["ratio_max_dev"]
+
+
+def _check_format(found: Checkpoint, expected: dict[str, Any]) -> None:
+    """UserError unless the state in `found` has this format and all keys that the `expected` one has."""
+    number = found.state.get("format", 1)  # which at first was not written
+    absent = sorted(_keys(expected) - _keys({"format": number, **found.state}))
+    if number == FORMAT and not absent:
+        return
+    got = f"of format {number}" if number != FORMAT else f"without {', '.join(absent)}"
+    by = found.manifest["versions"]["flowrl"]
+    raise UserError(
+        f"{found.path} holds the state of a run {got}, saved by flowrl {by}; expected a complete one of format "
+        f"{FORMAT}, as flowrl {__version__} needs; continue with the flowrl that saved it, or start again in a "
+        "new output_dir"
+    )
+
+
+def _keys(state: dict[str, Any]) -> set[str]:
+    """Names of the entries and of what is directly inside them: "alarms", "alarms.held", ..."""
+    inner = {f"{name}.{key}" for name, part in state.items() if isinstance(part, dict) for key in part}
+    return {*state, *inner}

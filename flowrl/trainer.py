@@ -225,14 +225,9 @@ def _rollout(
 
 def _score(reward: Reward, images: Tensor, prompts: list[Prompt], groups: Tensor, world: World) -> RewardResult:
     """The reward of all images; a failure on one process ends the run on all, also when no image anywhere has one."""
-    failure, result = None, None
-    try:
-        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+    with world.together():
         result = checked_score(reward, images, texts, metadata, groups, all_missing="allow")
-    except RewardError as error:
-        failure = error
-    world.agree(failure)
-    assert result is not None
     if not world.any(not bool(result.missing.all())):
         raise RewardError(
             f"reward {reward.spec.name!r} gave NaN for all images of an update, expected at least one score. First "
@@ -251,15 +246,11 @@ def _self_check(config: Config, policy: Policy, batch: Batch, world: World) -> f
     low = min(config.objective.clip) if check.bound_low_precision is None else check.bound_low_precision
     bound = 0.0 if exact and world.device.type == "cpu" else check.bound if exact else low
     network = getattr(policy, "network", None)
-    deviation, failure = float("inf"), None
-    try:
+    with world.together():
         deviation = check_on_policy(
             policy, batch, _update_guidance(config), bound=bound, dtype=config.policy.dtype,
             modules=[] if network is None else [network],
         )  # fmt: skip
-    except GuardStop as error:
-        failure = error
-    world.agree(failure)
     return float(world.max(torch.tensor([deviation], dtype=torch.float64)))
 
 

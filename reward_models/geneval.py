@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 Box = tuple[float, float, float, float]
 
@@ -299,28 +298,6 @@ def record(filename: str, metadata: Mapping[str, Any], judgement: Judgement) -> 
         "metadata": json.dumps(dict(metadata)),
         "details": json.dumps(details),
     }
-
-
-def task_means(tags: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    """Mean value of each task over its images, in GenEval's order of tasks; NaN (missing) values are left out.
-
-    A task all of whose values are missing is NaN; a task without images is absent.
-    """
-    by_tag: dict[str, list[float]] = {}
-    for tag, value in zip(tags, values, strict=True):
-        by_tag.setdefault(tag, []).append(float(value))
-    order = [t for t in TASKS if t in by_tag] + [t for t in by_tag if t not in TASKS]
-    means = {}
-    for tag in order:
-        valid = [v for v in by_tag[tag] if not math.isnan(v)]
-        means[tag] = sum(valid) / len(valid) if valid else math.nan
-    return means
-
-
-def overall(tags: Sequence[str], values: Sequence[float]) -> float:
-    """GenEval's score: the unweighted mean of the task means (not the mean over images)."""
-    means = [m for m in task_means(tags, values).values() if not math.isnan(m)]
-    return sum(means) / len(means) if means else math.nan
 
 
 def image_and_prompt_shares(prompt_ids: Sequence[object], correct: Sequence[float]) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 <.> is the mean over the D latent elements of one sample (reduction="mean", the default) or their sum
 (reduction="sum", the density in the strict sense). Clip ranges and KL weights are tuned to one choice and mean
-nothing under another, so a run carries a `Density` with every stored log-prob and refuses to mix two of them.
+nothing under another, so a rollout's tree carries the `Density` of its log-probs, and new ones are computed by it.
 """
 
 from __future__ import annotations
@@ -85,14 +85,6 @@ class Density:
     def __post_init__(self) -> None:
         _check("reduction", self.reduction, REDUCTIONS)
         _check(f"density of kernel '{self.kernel}'", self.density, get_kernel(self.kernel).densities)
-
-    def check_same(self, other: Density) -> None:
-        """Raise ValueError unless `other` is the same density."""
-        if self != other:
-            raise ValueError(
-                f"got log-probs of {other}; expected {self}. Clip ranges and KL weights hold for one density only: "
-                "sample and train with the same kernel, reduction and density."
-            )
 
     def log_prob(self, x_next: Tensor, mean: Tensor, c: Number) -> Tensor:
         """`log_prob` with this reduction and density: (N,) float32."""

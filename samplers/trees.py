@@ -128,10 +128,6 @@ class Tree:
         """Model calls of all roots, without guidance: those made, and those that training on the kept states takes."""
         return Cost(sum(self.calls), len(self.states), len(self.states), self.leaves.shape[0] * self.leaves.shape[1])
 
-    def leaf_mask(self, edges: Tensor | slice = slice(None)) -> Tensor:
-        """(E, L) bool: which leaves of its root lie below each of these edges."""
-        return self.plan.below[self.edges.node[edges]]
-
     @cached_property
     def _fan(self) -> tuple[Tensor, Tensor]:
         count = torch.bincount(self.edges.state, minlength=len(self.states))

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from flowrl import checkpoint, report, trainer
 from flowrl.distributed import World
+from flowrl.errors import UserError
 from flowrl.policies import GaussianPolicy, PipelinePolicy, Policy
 from flowrl.run import Stopped
+from reward_models.protocol import RewardError
 
 
 def make_policy(name: str) -> Policy:
@@ -65,6 +67,27 @@ def train_with_failing_rank(folder: Path, overrides: Sequence[str]) -> None:
     """The last process's reward raises in the second update."""
     os.environ["FAIL_ON_CALL"] = "2" if os.environ["RANK"] == "1" else "0"
     train(folder, overrides)
+
+
+def train_and_say_what_failed(folder: Path, overrides: Sequence[str], where: str) -> None:
+    """`train` that fails in the evaluation "before" or "after" on the last process, or in "finish" on the first.
+
+    What each process raised goes to `folder`/rank_<n>.txt.
+    """
+    rank = os.environ["RANK"]
+    if rank == "1":
+        os.environ["FAIL_ON_CALL"] = {"before": "1", "after": "2", "finish": "0"}[where]
+
+    def no_report(folder: Path) -> Path:
+        if where == "finish":
+            raise UserError("no report")
+        return folder / "report.html"
+
+    report.write_report = no_report
+    try:
+        trainer.train(gaussian_runs.config(folder, *overrides, processes=2), policy=GaussianPolicy())
+    except (RewardError, UserError) as error:
+        (folder / f"rank_{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
 def train_with_signalled_rank(folder: Path, overrides: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ def test_the_wheel_holds_code_configs_and_models_and_nothing_else(wheel: Path) -
         return {f"{inside or folder}/{path.relative_to(ROOT / folder).as_posix()}" for path in files}
 
     for package in ("flowrl", "samplers", "reward_models", "benchmarks"):
-        assert expected(package, "*.py") <= set(names)
+        assert expected(package, "*.py") | {f"{package}/py.typed"} <= set(names)
     assert expected("configs", "*.yaml", "flowrl/configs") <= set(names)
     assert expected("flowrl/templates", "*") <= set(names)
     if (ROOT / "flowrl" / "models").is_dir():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flowrl.sampling import SampleSettings
 
 LISTING = "samples.jsonl"
+BATCH = 64  # images scored together, where a reward does not need them all
 
 
 def open_policy(path: str, *, lora: str | None = None, device: str = "auto", dtype: str = "float32") -> Policy:
@@ -106,7 +107,8 @@ def score(
     rows = _rows(folder, prompts)
     scorer = load_reward(parse_yaml(reward, "--reward"), find_device(device))
     results: list[dict[str, Any]] = []
-    for group in _batches(rows, 64):
+    together = len(rows) if scorer.spec.scope == "set" else BATCH  # a score of a set is not one of its parts
+    for group in _batches(rows, together):
         pictures = [_read(folder / row["image"]) for row in group]
         if len({picture.shape for picture in pictures}) > 1:
             raise UserError(f"{folder} holds images of different sizes; expected one size; score each size by itself")

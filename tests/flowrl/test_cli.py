@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from PIL import Image
 from tiny_pipelines import tiny_sd3
 from typer.testing import CliRunner
 
@@ -19,6 +23,7 @@ from flowrl.errors import GuardStop, UserError
 from flowrl.policies.loading import MODELS
 from reward_models import RewardError
 
+ROOT = Path(__file__).parents[2]
 DRAW = {"--images", "--steps", "--guidance", "--seed", "--chunk", "--lora", "--device", "--dtype", "--out"}
 # Changing this table changes what users have in their scripts: say so in CHANGELOG.md.
 OPTIONS = {
@@ -180,6 +185,62 @@ def test_sample_then_score(model: Path, tmp_path: Path) -> None:
     asked = run("score", out, "--reward", "jpeg", "--prompts", tmp_path / "p.txt", "--device", "tpu")
     assert asked.exit_code == 2 and "got device 'tpu'" in asked.output
     assert run("score", tmp_path / "none", "--reward", "jpeg").exit_code == 2
+
+
+COUNTING = """
+import torch
+from reward_models import RewardResult, RewardSpec
+
+class Count:
+    def __init__(self, scope: str) -> None:
+        self.spec = RewardSpec("count", scope=scope)
+
+    def score(self, images, prompts, metadata, groups=None):
+        return RewardResult(torch.full((len(images),), float(len(images))))
+"""
+
+
+@pytest.mark.parametrize(("scope", "seen"), [("point", {64.0: 64, 6.0: 6}), ("set", {70.0: 70})])
+def test_a_reward_of_sets_sees_the_whole_set(tmp_path: Path, scope: str, seen: dict[float, int]) -> None:
+    """70 images; the score of each is the number of images that were scored together."""
+    (tmp_path / "scorer.py").write_text(COUNTING)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(70):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i:02d}.png")
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(70)))
+    reward = f"{{'{tmp_path / 'scorer.py'}:Count': {{weight: 1.0, scope: {scope}}}}}"
+    result = run("score", folder, "--reward", reward, "--prompts", tmp_path / "p.txt")
+    assert result.exit_code == 0, result.output
+    scores = [json.loads(line)["score"] for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert {score: scores.count(score) for score in scores} == seen
+
+
+CHATTER = ("it/s", "requires torchvision", "gemm_4bit", "Token indices")
+
+
+def child(command: list[str], **chosen: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with these and none other of the variables that say how much the libraries talk."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("TQDM", "TRANSFORMERS"))}
+    return subprocess.run(command, cwd=ROOT, env=others | chosen, capture_output=True, text=True, check=True)
+
+
+def test_libraries_are_quiet_but_for_what_concerns_the_user(model: Path, tmp_path: Path) -> None:
+    long = "a red star and " * 30
+    command = [sys.executable, "-m", "flowrl", "sample", model, "-p", long, "--images", "1", "--steps", "1"]
+    done = child([*map(str, command), "--out", str(tmp_path / "s")])
+    assert not [words for words in CHATTER if words in done.stderr], done.stderr
+    assert "was truncated because CLIP can only handle" in done.stderr
+
+
+def test_a_verbosity_that_the_user_chose_stays() -> None:
+    """What `main` leaves to the libraries, in a process that imports none of them."""
+    show = "print(repr(os.environ.get('TQDM_DISABLE')), logging.getLogger('transformers.utils.import_utils').level)"
+    code = f"import logging, os, sys; from flowrl import cli; cli.app = lambda: None; cli.main(); {show}"
+    code += "; assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules)"
+    assert child([sys.executable, "-c", code]).stdout.strip() == f"'1' {logging.ERROR}"
+    chosen = child([sys.executable, "-c", code], TQDM_DISABLE="", TRANSFORMERS_VERBOSITY="info")
+    assert chosen.stdout.strip() == "'' 0"
 
 
 def test_bench_shapes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,28 @@ def test_the_trained_steps_are_int_of_steps_times_fraction_without_the_last(
     steps: int, fraction: float, trained: int
 ) -> None:
     assert RolloutConfig(steps=steps, train_fraction=fraction).trained_steps == trained
+
+
+@pytest.mark.parametrize(
+    ("kernel", "level"),
+    [
+        ("flow", 0.7),  # Flow-GRPO, SD3
+        ("dance", 0.3),  # DanceGRPO, images
+        ("cps", 0.8),  # flow_grpo's recipe without guidance
+        ("precise", 1.5),  # its own paper
+        ("dance_precise", 0.3),  # the noise of dance, integrated
+        ("ddim", 1.0),  # eta of DanceGRPO on SD 1.4
+        ("consistency", 1.0),  # full re-noising, as LCM
+    ],
+)
+def test_the_level_is_by_default_the_published_one_of_the_kernel(kernel: str, level: float) -> None:
+    chosen = [f"rollout.kernel={kernel}", f"objective.measured_with.kernel={kernel}"]
+    config = with_(*chosen)
+    assert config.rollout.level == level
+    assert yaml.safe_load(cfg.resolved_yaml(config))["rollout"]["level"] == level  # a run folder shows the number
+    assert with_(*chosen, "rollout.level=0.5").rollout.level == 0.5
+    described = re.split("[,(:)]", cfg.descriptions()["rollout.level"])  # "dance and dance_precise 0.3", ...
+    assert [part.split()[-1] for part in described if kernel in part.split()] == [f"{level:g}"]
 
 
 def test_the_window_ends_by_default_at_half_of_the_steps() -> None:

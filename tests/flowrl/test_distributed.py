@@ -136,6 +136,22 @@ def test_a_failure_on_one_process_ends_all_with_the_state_saved(tmp_path):
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
+@pytest.mark.parametrize(
+    ("where", "own"),
+    [("before", "RewardError"), ("after", "RewardError"), ("finish", "UserError: no report")],
+)
+def test_a_failure_at_either_end_is_told_to_all(tmp_path, where, own):
+    """The last process cannot score its share of an evaluation, or the first cannot write the report."""
+    options = ["updates=1", evaluated(tmp_path).replace("'gaussian_runs:quadratic'", "'gaussian_runs:failing'")]
+    assert processes.launched(child_runs.train_and_say_what_failed, tmp_path, options, where) == [0, 0]
+    said = [(tmp_path / f"rank_{rank}.txt").read_text() for rank in range(2)]
+    failed = 0 if where == "finish" else 1
+    assert own in said[failed]
+    assert said[1 - failed] == "UserError: another process of this run has stopped; its message says why"
+    if where != "before":  # nothing is lost: what failed can be done again
+        assert load_latest(tmp_path / "run" / "checkpoints").step == 1
+
+
 def test_a_signal_to_one_process_ends_all_with_the_state_saved(tmp_path):
     options = ["checkpoint.every=0", "optimizer.inner_updates=2"]
     assert processes.launched(child_runs.train_with_signalled_rank, tmp_path, options) == [143, 143]
@@ -164,11 +180,12 @@ def test_alone_every_exchange_is_the_identity():
     for exchange in (ALONE.sum, ALONE.max, ALONE.gather):
         assert exchange(values) is values
     assert ALONE.any(True) and not ALONE.any(False) and ALONE.main
-    ALONE.agree(None)
     ALONE.barrier()
     ALONE.leave()
-    with pytest.raises(ValueError, match="mine"):
-        ALONE.agree(ValueError("mine"))
+    with ALONE.together():
+        pass
+    with pytest.raises(ValueError, match="mine"), ALONE.together():
+        raise ValueError("mine")
 
 
 def test_a_parameter_without_gradient_gets_zeros():

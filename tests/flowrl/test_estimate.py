@@ -1,19 +1,22 @@
-"""Sizes without weights, against the same sizes counted on real modules."""
+"""Sizes without weights, against the same sizes counted on real modules, and memory against torch's own profiler."""
 
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_pipelines import tiny_flux, tiny_sd3
+from torch.profiler import ProfilerActivity, profile
 
 from flowrl.config import parse_config
 from flowrl.errors import UserError
-from flowrl.estimate import _one_row, describe, estimate
+from flowrl.estimate import _flops, _Live, describe, estimate
 from flowrl.policies import LoraSettings, PipelinePolicy
 
 
@@ -55,14 +58,12 @@ def test_parameters_are_those_of_the_real_modules(pipelines: dict, name: str, tr
     assert found.other["text_encoder"] == sum(p.numel() for p in pipeline.text_encoder.parameters())
 
 
-def test_flops_and_kept_bytes_of_a_network_counted_by_hand() -> None:
+def test_flops_of_a_network_counted_by_hand() -> None:
     with torch.device("meta"):
         model = torch.nn.Sequential(
             torch.nn.Linear(3, 5, bias=False), torch.nn.ReLU(), torch.nn.Linear(5, 2, bias=False)
         )
-    flops, kept = _one_row(_Takes(model), lambda: {"x": torch.zeros(7, 3)})
-    assert flops == 2 * 7 * (3 * 5 + 5 * 2)
-    assert kept == 4 * 7 * (3 + 5)  # the input of each linear layer; the ReLU's output is the second one's input
+    assert _flops(_Takes(model), lambda rows: {"x": torch.zeros(7 * rows, 3)}) == 2 * 7 * (3 * 5 + 5 * 2)
 
 
 class _Takes(torch.nn.Module):
@@ -72,6 +73,66 @@ class _Takes(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x)
+
+
+def test_bytes_alive_counted_by_hand() -> None:
+    given = torch.zeros(100, device="meta")
+    with _Live([given]) as live:
+        view = given.view(10, 10)  # of something that was there: 0
+        a = torch.zeros(10, device="meta")  # 40
+        b = a + 1  # 80
+        del a  # 40
+        c = (b * 2).view(5, 2)  # 80: a view is no second copy
+        b.add_(1)  # 80
+        del b, c, view
+        assert (live.now, live.peak) == (0, 80)
+
+
+def peak_bytes(run: Callable[[], Any], file: Path) -> int:
+    """Most bytes that torch's allocator has given to `run` at once, by its log of every allocation."""
+    run()  # what is made once and stays
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    found.export_chrome_trace(str(file))
+    events = [event for event in json.loads(file.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    alive = torch.tensor([event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])]).cumsum(0)
+    assert len(alive) > 50
+    return int(alive.max())
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_of_a_real_micro_batch(
+    pipelines: dict, tmp_path: Path, name: str, checkpointing: bool
+) -> None:
+    pipeline, folder = pipelines[name]
+    policy = PipelinePolicy(copy.deepcopy(pipeline), lora=LoraSettings(rank=4), gradient_checkpointing=checkpointing)
+    x, s, cond = torch.randn(13, *policy.latent_shape(16, 16)), torch.full((13,), 0.5), policy.encode(["a cat"] * 13)
+
+    def micro_batch() -> None:
+        policy.predict(x, s, cond).square().mean().backward()
+
+    changes = {"policy": {"path": str(folder), "lora": {"rank": 4}, "gradient_checkpointing": checkpointing}}
+    found = describe(config_of(folder, optimizer={"micro_batch": 13}, **changes))
+    assert found.rows == 16
+    assert found.activations == pytest.approx(peak_bytes(micro_batch, tmp_path / "trace.json"), rel=0.05)
+
+
+@pytest.mark.parametrize("pixels", [16, 64])
+def test_decoding_is_that_of_a_real_chunk(pipelines: dict, tmp_path: Path, pixels: int) -> None:
+    pipeline, folder = pipelines["sd3"]
+    policy = PipelinePolicy(copy.deepcopy(pipeline), train="none")
+    latents = torch.randn(20, *policy.latent_shape()[:1], pixels // 2, pixels // 2)
+
+    @torch.no_grad()
+    def decode() -> None:
+        policy.decode(latents)
+
+    size = {"height": pixels, "width": pixels}
+    found = describe(config_of(folder, rollout={**size, "chunk": 20}, eval=None))
+    assert found.decoding == pytest.approx(peak_bytes(decode, tmp_path / "trace.json"), rel=0.1)
+    small = describe(config_of(folder, rollout={"chunk": 20}, eval=size))  # the larger size of the two
+    assert small.decoding == found.decoding
 
 
 @pytest.fixture
@@ -89,6 +150,11 @@ def test_calls_of_an_update(pipelines: dict, untimed: None) -> None:
     guided = estimate(config_of(folder, rollout={"guidance": 3.0, "window": {"size": 2}})).cost
     assert (guided.images, guided.sampling_calls, guided.training_forwards) == (20, 2 * 20 * 8, 2 * 20 * 2)
     assert estimate(config_of(folder), processes=2).cost.images == 12  # three of the five groups
+    padded = estimate(config_of(folder, rollout={"chunk": 4}, optimizer={"micro_batch": 2}))  # to 8 rows both
+    assert padded.network.rows == 8
+    assert padded.seconds == {
+        name: pytest.approx(found.seconds[name] * n) for name, n in [("sampling", 2), ("update", 4)]
+    }
 
 
 def test_memory_and_disk_follow_the_settings(pipelines: dict, untimed: None) -> None:
@@ -96,13 +162,18 @@ def test_memory_and_disk_follow_the_settings(pipelines: dict, untimed: None) -> 
     base = estimate(config_of(folder))
     assert base.memory["optimizer"] == 8 * base.network.trainable
     assert base.memory["network"] == 4 * base.network.parameters
-    assert base.memory["activations of 64 rows"] == 64 * base.network.kept
+    assert base.memory["activations of 64 rows"] == base.network.activations
     assert base.disk["3 checkpoints"] == 3 * 12 * base.network.trainable
     assert "embeddings of 30 prompts" in base.disk
     averaged = estimate(config_of(folder, ema={}))
     assert averaged.memory["gradients and average"] == 2 * base.memory["gradients and average"]
     saving = estimate(config_of(folder, policy={"path": str(folder), "gradient_checkpointing": True}))
-    assert saving.network.kept < base.network.kept
+    assert saving.network.activations < base.network.activations
+    drawing = estimate(
+        config_of(folder, rollout={"guidance": 3.0}, optimizer={"micro_batch": 1}, eval={"height": 128, "width": 128})
+    )
+    activations, decoding = drawing.memory["activations of 16 rows"], drawing.memory["more, while decoding"]
+    assert activations + decoding == drawing.network.decoding > drawing.network.activations
     full = estimate(config_of(folder, policy={"path": str(folder), "train": "full"}))
     assert full.memory["frozen copy"] == full.memory["network"] == 4 * full.network.parameters
 

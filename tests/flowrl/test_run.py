@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,14 +15,14 @@ from PIL import Image
 from tiny_pipelines import tiny_sd3
 
 import reward_models
-from flowrl.checkpoint import load_latest
+from flowrl.checkpoint import load_latest, save_checkpoint
 from flowrl.config import load_config
 from flowrl.distributed import World
 from flowrl.errors import UserError
 from flowrl.evaluate import Scorers, evaluate, settings_of
 from flowrl.policies import GaussianPolicy, PipelinePolicy
 from flowrl.prompts import load_prompts
-from flowrl.run import Run
+from flowrl.run import Run, peak_rss_mb
 from flowrl.state import State
 from flowrl.summary import read_rows
 from flowrl.trainer import train
@@ -143,14 +146,53 @@ def test_everything_that_has_a_state_survives_a_checkpoint(tmp_path):
     other = GaussianPolicy()
     state = State.create(settings, other)
     found = load_latest(tmp_path / "run" / "checkpoints")
-    state.unpack(other, found.tensors, found.state)
+    state.unpack(other, found)
     again, counters = state.pack(other)
     assert again.keys() == found.tensors.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in found.tensors.items())
     assert {**json.loads(json.dumps(counters)), "wall_s": found.state["wall_s"]} == found.state
+    assert state.wall_s == found.state["wall_s"] > 0
     assert state.update == 3 and state.ema.steps == 3 and state.cost.images == 3 * 4 * 8
     names = {name.split("/")[1] for name in found.tensors if name.startswith("weights/")}
     assert names == {"current", "ema", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 2}, "of format 2"),
+        ({"alarms": {"first": {}, "last": {}, "active": [], "raised": []}}, r"without alarms\.held,"),
+        ({"skips": None}, r"without skips\.in_a_row, skips\.total,"),
+        ({"ema": None}, r"without ema\.steps,"),
+    ],
+)
+def test_the_state_of_another_version_is_refused_and_left_alone(tmp_path, change, said):
+    """What a later flowrl keeps, an earlier one did not save: the newest checkpoint is rewritten as that one would."""
+    options = ["ema={}", "checkpoint.every=1"]
+    train(config(tmp_path, "updates=1", *options), policy=GaussianPolicy())
+    found = load_latest(tmp_path / "run" / "checkpoints")
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, found.tensors, {**found.state, **change})
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    message = rf"step_000001 holds the state of a run {said}.*expected a complete one of format 1.*new output_dir"
+    with pytest.raises(UserError, match=message):
+        train(config(tmp_path, "updates=2", *options), resume=True, policy=GaussianPolicy())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_state_without_a_number_is_of_the_first_format(tmp_path):
+    train(config(tmp_path, "updates=1"), policy=GaussianPolicy())
+    found = load_latest(tmp_path / "run" / "checkpoints")
+    assert found.state.pop("format") == 1
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, found.tensors, found.state)
+    assert train(config(tmp_path, "updates=2"), resume=True, policy=GaussianPolicy())["updates"] == 2
+
+
+@pytest.mark.parametrize(("platform", "peak"), [("linux", 500_000), ("darwin", 512_000_000)])
+def test_memory_is_in_megabytes_of_a_million_bytes(monkeypatch, platform, peak):
+    """getrusage counts KiB on Linux and bytes on macOS: both are 500 000 x 1024 bytes = 512 MB."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: types.SimpleNamespace(ru_maxrss=peak))
+    assert peak_rss_mb() == 512
 
 
 def test_a_damaged_config_in_the_folder_is_an_error_not_a_new_run(tmp_path):

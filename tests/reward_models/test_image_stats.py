@@ -2,6 +2,7 @@
 
 import colorsys
 import math
+import warnings
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ def test_sharpness():
     assert sharpness(board).item() == pytest.approx(16.0)
     blurred = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 32, 32), 3, 1)
     assert sharpness(torch.rand(1, 3, 32, 32)) > 3 * sharpness(blurred)
+
+
+def test_tiny_pictures_give_numbers_or_nan_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for height in range(1, 5):
+            for width in range(1, 5):
+                found = sharpness(torch.rand(2, 3, height, width))
+                assert found.shape == (2,) and bool(found.isnan().all()) == (min(height, width) < 3)
+        assert sharpness(torch.rand(1, 3, 3, 3)).item() == 0  # one inner pixel has no spread
 
 
 def test_diversity_is_the_mean_pairwise_cosine_distance():

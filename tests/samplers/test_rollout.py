@@ -125,7 +125,7 @@ def test_edges_of_hand_written_tree():
     assert out.edges.state.tolist() == [0, 0, 0, 1, 1, 1] and out.edges.node.tolist() == [1, 3, 5] * 2
     edges, position = out.edges_of(torch.tensor([1, 0]))
     assert edges.tolist() == [3, 4, 5, 0, 1, 2] and position.tolist() == [0, 0, 0, 1, 1, 1]
-    assert out.leaf_mask(edges[:3]).tolist() == [[True, False, False], [False, True, False], [False, False, True]]
+    assert torch.equal(out.plan.below[out.edges.node[edges[:3]]], torch.eye(3, dtype=torch.bool))
     assert out.edges.weight.tolist() == pytest.approx([1 / 3] * 6)
 
 
@@ -236,7 +236,7 @@ def test_share_weights_make_a_tree_the_mean_of_its_paths(name):
     out = sample(TREES[name])
     f = torch.randn(len(out.edges), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     by_share = (out.edges.weight * f).sum()
-    mask = out.leaf_mask()
+    mask = out.plan.below[out.edges.node]
     by_path = torch.zeros((), dtype=torch.float64)
     for root in range(5):
         for leaf in range(len(out.plan.leaves)):
