@@ -1,7 +1,7 @@
 """Which kernel, level, steps and density give a policy gradient that can be heard?
 
     python -m benchmarks.gradient_signal
-    python -m benchmarks.gradient_signal --updates 6 --setting "precise: rollout.kernel=precise rollout.level=1.5"
+    python -m benchmarks.gradient_signal --updates 6 --setting "as it is:" --setting "cps 0.5: rollout.level=0.5"
 
 The gradient of an update is a signal and the noise of the few prompts and images it was drawn from: g = mu + e. The
 gradients of independent updates share the signal alone, so their cosine is in the mean, for many parameters,
@@ -203,9 +203,15 @@ def _summary(gradients: list[Tensor]) -> dict[str, Any]:
 
 
 def configure(base: Config, overrides: Sequence[str]) -> Config:
-    """The base config with a setting's overrides; clip range and KL weight follow it to its density."""
+    """The base config with a setting's overrides; clip range and KL weight follow it to its density.
+
+    A setting that names a kernel and no level has the published level of that kernel.
+    """
     data, found = apply_overrides(base.model_dump(mode="json", by_alias=True), overrides)
     if isinstance(data["rollout"], dict) and isinstance(data["objective"], dict):
+        named = {override.partition("=")[0] for override in overrides}
+        if "rollout.kernel" in named and "rollout.level" not in named:
+            data["rollout"]["level"] = None
         parts = ("kernel", "reduction", "density")
         data["objective"]["measured_with"] = {k: data["rollout"][k] for k in parts if k in data["rollout"]}
     return parse_config(data, already=found)
@@ -223,7 +229,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if not colon or not name or name in found:
             raise UserError(
                 f"got --setting {text!r}; expected NAME: KEY=VALUE ... with a name of its own; "
-                'write for example "precise: rollout.kernel=precise rollout.level=1.5"'
+                'write for example "precise: rollout.kernel=precise rollout.level=1.2"'
             )
         found[name] = overrides
     return found
@@ -314,7 +320,7 @@ app = typer.Typer(
 @verb
 def main(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config of all settings.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the config of all settings.")
     ] = None,
     config: Annotated[str, typer.Option(help="A YAML file or the name of a shipped config.")] = "quickstart",
     setting: Annotated[
@@ -325,13 +331,14 @@ def main(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first update; default: the config's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
 ) -> None:
-    """Mean cosine between the gradients of independent updates: the share of a gradient that is signal, at 0 none.
+    """Mean cosine between the gradients of independent updates: the signal's share of a gradient.
 
-    The built-in settings: flow with all steps, flow in steps 2 and 3, cps without its scale in steps 2 and 3 (the
-    quickstart's) and dance. They take about ten minutes on one quiet core. "NAME:" alone is the config as it is.
+    Built-in settings: flow with all steps, flow in steps 2 and 3, cps without its
+    scale in steps 2 and 3 (the quickstart's), dance. They take about ten minutes
+    on one quiet core. A setting "NAME:" without overrides is the config as it is.
 
-    Example: python -m benchmarks.gradient_signal --updates 6 --setting "as it is:" --setting
-    "precise: rollout.kernel=precise rollout.level=1.5 rollout.density=gaussian" --out runs/signal.json
+    Example: python -m benchmarks.gradient_signal --updates 6 --out signal.json
+    --setting "as it is:" --setting "precise: rollout.kernel=precise"
     """
     settings = parse_settings(setting) if setting else SETTINGS
     base = load_config(config, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])

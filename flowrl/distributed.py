@@ -83,13 +83,13 @@ class World:
 
         Every process must come here, and the work may exchange nothing; all wait for each other at its end.
         """
-        failure: Exception | None = None
         try:
             yield
-        except Exception as error:  # whatever it is: raised again below, once the others know
-            failure = error
-        if self.any(failure is not None):
-            raise failure or UserError("another process of this run has stopped; its message says why")
+        except Exception:  # whatever it is: it goes on as soon as the others know
+            self.any(True)
+            raise
+        if self.any(False):
+            raise UserError("another process of this run has stopped; its message says why")
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over processes (the loss is already divided by the global count).

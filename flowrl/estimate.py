@@ -9,8 +9,10 @@ backward there, and a decoder call forward, and after every operation the bytes 
     decoding     most bytes alive in one decoder call + the images of one chunk, at the larger size of rollout and eval
 
 They take turns, so the larger counts. Everything else is arithmetic on the config. Not counted: what rewards need, the
-workspaces of convolutions, and what autocast keeps in float32. Time is measured where the policy is local and small,
-otherwise it is FLOPs over the throughput of a matrix product on this machine. Expect the truth within a factor of 1.5.
+workspaces of convolutions, and what autocast keeps in float32 (in bfloat16 on a CPU, where attention is not fused, the
+activations of the model in the box are 1.4 times what is said here). Time is measured where the policy is local and
+small, otherwise it is FLOPs over the throughput of a matrix product on this machine. Expect the truth within a factor
+of 1.5.
 """
 
 from __future__ import annotations

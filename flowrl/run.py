@@ -126,12 +126,12 @@ class Run:
         used = dict.fromkeys(slot.prompt for update in places for slot in prompt_batch(n, per_update, seed, update))
         texts = [prompts[i].text for i in used] + [prompt.text for prompt in self.eval_prompts()]
         mine = list(dict.fromkeys(texts))[self.world.rank :: self.world.size]
-        for start in range(0, len(mine), 64):
-            self.check()
-            policy.encode(mine[start : start + 64])
-            if self.log is not None:
-                self.log.stage("encoding prompts", min(start + 64, len(mine)), len(mine))
-        self.world.barrier()
+        with self.world.together():
+            for start in range(0, len(mine), 64):
+                self.check()
+                policy.encode(mine[start : start + 64])
+                if self.log is not None:
+                    self.log.stage("encoding prompts", min(start + 64, len(mine)), len(mine))
         policy.drop_text_encoders()
 
     # ---- evaluation
@@ -190,11 +190,12 @@ class Run:
 
     def samples(self, policy: Policy, update: int) -> None:
         """Draw the fixed prompts with their fixed noise on one sheet, `samples/update_000020.png`."""
-        count = self.config.logging.sample_prompts
-        if not self.world.main or not count or self.config.eval is None:
+        if not self.config.logging.sample_prompts or self.config.eval is None:
             return
-        with self._trained(policy) if update else nullcontext():
-            samples.draw(policy, self.eval_prompts(), self.config, self.folder, update)
+        with self.world.together():
+            if self.world.main:
+                with self._trained(policy) if update else nullcontext():
+                    samples.draw(policy, self.eval_prompts(), self.config, self.folder, update)
 
     # ---- saving and stopping
 

@@ -82,16 +82,16 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 mine = split(list(enumerate(slots)), world.rank, world.size)
                 plan = make_plan(config, policy, state.update)
                 roots = [(place, slot) for place, slot in mine for _ in range(config.group_size // len(plan.leaves))]
-                cond = _encode(policy, prompts, roots)
-                tree = _rollout(config, policy, plan, state.update, roots, cond, run)
+                with world.together(), torch.no_grad():
+                    cond = _encode(policy, prompts, roots)
+                    tree = _rollout(config, policy, plan, state.update, roots, cond, run)
+                    leaves = tree.leaves.flatten(0, 1).split(run.chunk)
+                    images = torch.cat([to_8bit(policy.decode(part)).cpu() for part in leaves])
 
                 # score: images on the 8-bit grid, each group whole on this process
                 chosen = [prompts[slot.prompt] for _, slot in roots for _ in plan.leaves]
                 place = torch.tensor([place for place, _ in roots])
                 groups = place.repeat_interleave(len(plan.leaves))
-                with torch.no_grad():
-                    leaves = tree.leaves.flatten(0, 1).split(run.chunk)
-                    images = torch.cat([to_8bit(policy.decode(part)).cpu() for part in leaves])
                 where = f"update {state.update + 1}"
                 require_finite({"the latents": tree.leaves, "the images": images}, where, world.max)
                 result = _score(reward, images, chosen, groups, world)
@@ -270,7 +270,8 @@ def _inner_update(
             scale=state.scaler.scale, on_chunk=lambda _: run.check(),
         )  # fmt: skip
 
-    (found, used), run.micro_batch = with_halving(gradients, run.micro_batch, "the update", run.note)
+    with world.together():
+        (found, used), run.micro_batch = with_halving(gradients, run.micro_batch, "the update", run.note)
     metrics.merge(found)
     parameters = [parameter for _, parameter in policy.trainable()]
     world.sum_gradients(parameters)

@@ -60,6 +60,9 @@ def check_flowrl(words: list[str]) -> None:
 
 def check_module(module: str, words: list[str]) -> None:
     found = importlib.import_module(module)
+    if hasattr(found, "app"):
+        typer.main.get_command(found.app).make_context(module, words)
+        return
     given = found.parser().parse_intermixed_args(words)
     load_config(getattr(given, "config", "quickstart"), given.overrides)
 

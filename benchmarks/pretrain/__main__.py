@@ -118,7 +118,13 @@ def export(
     trained = [stage for stage, model in stages.items() if (out / stage).exists() and only in (None, model)]
     if not trained:
         raise UserError(f"{out} holds no trained {only or 'flow or clip'}; expected its stage; run that first")
-    where, measured = str(World.join(device).device), out / "measured"
+    with _world(device) as world:
+        if world.main:
+            _export(out, to, str(world.device), trained, limit, images)
+
+
+def _export(out: Path, to: Path, where: str, trained: list[str], limit: int = 400, images: int = 4) -> None:
+    measured = out / "measured"
     command = f"OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.pretrain all --out {RUNS}"
     if "flow" in trained:
         facts = export_stage.export_sd3(out, to) | {"command": command}
@@ -137,13 +143,13 @@ def everything(out: Out = RUNS, to: To = MODELS, seed: Seed = 0, device: Device 
     """
     with _world(device) as world:
         vae_stage.train(out / "vae", seed=seed, world=world)
-        if world.main:
-            _latents(out, seed, world.device)
-        world.barrier()
+        with world.together():
+            if world.main:
+                _latents(out, seed, world.device)
         _flow(out, seed, world)
     if world.main:
         _clip(out, seed, world.device)
-        export(out, to, device)
+        _export(out, to, str(world.device), ["flow", "clip"])
 
 
 def _latents(out: Path, seed: int, device: torch.device, scenes: int = 65536) -> None:
@@ -155,11 +161,11 @@ def _latents(out: Path, seed: int, device: torch.device, scenes: int = 65536) ->
 
 def _flow(out: Path, seed: int, world: World, steps: int = 8500) -> None:
     path = out / "latents" / "latents.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} does not exist; expected the latents; run the stage latents first")
-    if world.main:
-        write_tokenizer(out / "tokenizer")
-    world.barrier()
+    with world.together():
+        if not path.exists():
+            raise UserError(f"{path} does not exist; expected the latents; run the stage latents first")
+        if world.main:
+            write_tokenizer(out / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     flow_stage.train(load_file(path), tokenizer, out / "flow", seed=seed, steps=steps, world=world)
 

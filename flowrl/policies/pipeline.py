@@ -332,11 +332,12 @@ class PipelinePolicy:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Compute in `dtype`. On a CPU the fused attention is slow backwards in bfloat16 (a fifth of an update of a
-        small model), so it is left out there, in rollouts too: both must compute the same bits."""
+        small model), so it is left out there, in rollouts too: both must compute the same bits. But not with gradient
+        checkpointing, whose recomputation comes after this context."""
         with ExitStack() as stack:
             if self.dtype != torch.float32:
                 stack.enter_context(torch.autocast(self.device.type, self.dtype))
-                if self.device.type == "cpu":
+                if self.device.type == "cpu" and not self.pipeline.transformer.is_gradient_checkpointing:
                     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
 

@@ -119,6 +119,13 @@ def test_the_built_in_settings_fit_the_quickstart(overrides: tuple[str, ...]) ->
     assert (found.rollout.window is None) == (given["rollout.window"] == "null")
 
 
+def test_a_kernel_comes_with_its_level() -> None:
+    base = load_config("quickstart")
+    assert gradient_signal.configure(base, ["rollout.kernel=precise"]).rollout.level == 1.5
+    assert gradient_signal.configure(base, ["rollout.kernel=precise", "rollout.level=0.4"]).rollout.level == 0.4
+    assert gradient_signal.configure(base, ["rollout.steps=6"]).rollout.level == base.rollout.level
+
+
 def test_one_of_them_is_the_quickstart() -> None:
     base = load_config("quickstart")
     configs = [gradient_signal.configure(base, overrides) for overrides in gradient_signal.SETTINGS.values()]
