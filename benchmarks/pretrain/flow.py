@@ -79,7 +79,7 @@ class TextToImage(nn.Module):
         """Velocity (N, C, 8, 8); ``zero_tokens`` (N,): how many zeros follow the tokens of each prompt.
 
         Tokens of text have no position here, so equal ones stay equal in every block: one of them, counted many times
-        by the attention, is exact and costs 256 times less.
+        by the attention, is exact (in bfloat16 log 256 rounds to that of 252) and costs 256 times less.
         """
         states, pooled = self.text(ids)
         if zero_tokens is None:
