@@ -38,9 +38,10 @@ from torch.nn import functional as F
 
 import samplers
 from flowrl import load_policy
-from flowrl.advantages import group_advantages, leaf_mean
+from flowrl.advantages import group_advantages
 from flowrl.cli import verb
 from flowrl.config import Config, apply_overrides, load_config, parse_config
+from flowrl.credit import leaf_mean
 from flowrl.errors import UserError
 from flowrl.objectives import get_objective
 from flowrl.policies import LoraSettings, PipelinePolicy, Policy
@@ -135,7 +136,7 @@ def draw(config: Config, policy: Policy, prompts: Sequence[Prompt], reward: Rewa
     scored = checked_score(reward, images, [p.text for p in chosen], [p.metadata for p in chosen], group)
     a = config.advantage
     advantages = group_advantages(scored.values, group, std=a.std, eps=a.eps, clip=a.clip)
-    credit = leaf_mean(advantages.advantages[:, None], plan.below, advantages.valid[:, None])
+    credit = leaf_mean(advantages.advantages[:, None], plan, advantages.valid[:, None])
     edges = (tree.edges.root, tree.edges.node)
     step = torch.tensor(plan.depths)[tree.states.node]  # each step as an "inner update" of its own
     batch = Batch(tree, cond, credit.advantages[edges], credit.weights[edges], group, step)

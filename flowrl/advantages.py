@@ -1,4 +1,4 @@
-"""From the rewards of finished images to one number per leaf, and from leaves to the edges of their tree.
+"""From the rewards of finished images to one number per leaf; `flowrl.credit` takes it on to the edges of a tree.
 
     A_i = (r_i - mean of i's group) / (std + eps), clipped to [-clip, clip]
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -143,39 +143,3 @@ def _global_std(r: Tensor, valid: Tensor, reduce: Callable[[Tensor], Tensor] | N
     total, n = reduce(torch.stack([r.sum(), valid.double().sum()]))
     squares = torch.where(valid, (r - total / n) ** 2, 0.0).sum()
     return (reduce(torch.stack([squares, torch.zeros_like(squares)]))[0] / n).sqrt()
-
-
-class Credit(NamedTuple):
-    """Credit of the N nodes (an edge is named by its child node) of R roots.
-
-    advantages: (R, N), 0 where no valid leaf lies below.
-    weights: (R, N) in [0, 1], the node's share of its root's L leaves, counting valid ones only; 0 = out of the loss.
-    """
-
-    advantages: Tensor
-    weights: Tensor
-
-
-def leaf_mean(leaf_advantages: Tensor, descendants: Tensor, valid: Tensor | None = None) -> Credit:
-    """Each node gets the mean of the valid leaves below it (TreeGRPO, arXiv 2512.08153).
-
-        A_n = (1 / k_n) sum over valid leaves l below n of A_l,    w_n = k_n / L,    k_n = number of those leaves
-
-    With these weights ``sum_n w_n A_n grad log p_n = (1/L) sum_l A_l sum over the path of l of grad log p``: the
-    gradient of the tree is that of independent paths to its valid leaves.
-
-    Args:
-        leaf_advantages: (R, L).
-        descendants: (N, L) bool, True where leaf l lies below node n or is n.
-        valid: (R, L) bool, None = all.
-    """
-    if leaf_advantages.ndim != 2 or descendants.ndim != 2 or descendants.shape[1] != leaf_advantages.shape[1]:
-        raise UserError(
-            f"leaf advantages have shape {tuple(leaf_advantages.shape)} and descendants {tuple(descendants.shape)}; "
-            "expected (roots, leaves) and (nodes, leaves); take both from the same tree."
-        )
-    below = descendants.to(leaf_advantages)
-    counted = torch.ones_like(leaf_advantages) if valid is None else valid.to(leaf_advantages)
-    k = counted @ below.T
-    total = torch.where(counted > 0, leaf_advantages, 0.0) @ below.T
-    return Credit(advantages=total / k.clamp(min=1), weights=k / leaf_advantages.shape[1])

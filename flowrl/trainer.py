@@ -16,8 +16,9 @@ from torch import Tensor
 
 import samplers
 from flowrl import evaluate as evaluation
-from flowrl.advantages import Advantages, group_advantages, leaf_mean
+from flowrl.advantages import Advantages, group_advantages
 from flowrl.config import Config
+from flowrl.credit import leaf_mean
 from flowrl.distributed import World
 from flowrl.errors import GuardStop, UserError
 from flowrl.guards import require_finite
@@ -103,7 +104,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                     clip=config.advantage.clip, reduce=world.sum,
                 )  # fmt: skip
                 per_root = (len(roots), len(plan.leaves))
-                credit = leaf_mean(advantages.advantages.view(per_root), plan.below, advantages.valid.view(per_root))
+                credit = leaf_mean(advantages.advantages.view(per_root), plan, advantages.valid.view(per_root))
                 edges = (tree.edges.root, tree.edges.node)
                 part = (place % config.optimizer.inner_updates)[tree.states.root]
                 values = _measure(result, advantages, images, chosen, groups, judge, world)

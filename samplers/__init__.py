@@ -8,12 +8,15 @@
 
 Conventions: time s runs from 1 (noise) to 0 (data), x_s = (1 - s) x0 + s e, the model predicts v = e - x0. Latents are
 float32, coefficients float64. Every draw is a function of its key alone. See the docstrings of `kernels` (the step),
-`plans` (the tree), `rollout` (the engine), `trees` (its result), `log_prob` and `keys`.
+`plans` (the tree), `levels` (its noise), `recipes` (plans of published methods), `curricula` (plans that change),
+`pruning`, `rollout` (the engine), `trees` (its result), `log_prob` and `keys`.
 """
 
-from samplers import kernels, plans, schedules
+from samplers import curricula, kernels, levels, plans, pruning, recipes, schedules
+from samplers.curricula import Window
 from samplers.kernels import Coefficients, Kernel, affine, get_kernel, kernel_names
 from samplers.keys import Key, noise
+from samplers.levels import Levels
 from samplers.log_prob import Density, kl, log_prob
 from samplers.plans import Cost, Plan, PlanBuilder
 from samplers.rollout import rollout
@@ -28,22 +31,28 @@ __all__ = [
     "Kernel",
     "Key",
     "Latents",
+    "Levels",
     "Plan",
     "PlanBuilder",
     "Replay",
     "States",
     "Tree",
+    "Window",
     "affine",
+    "curricula",
     "dynamic_mu",
     "flux_sigmas",
     "get_kernel",
     "kernel_names",
     "kernels",
     "kl",
+    "levels",
     "linear_shift_sigmas",
     "log_prob",
     "noise",
     "plans",
+    "pruning",
+    "recipes",
     "rollout",
     "schedules",
     "sd3_sigmas",

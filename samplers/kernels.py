@@ -11,7 +11,7 @@ where c is the standard deviation of the step (it already contains sqrt(d)) and 
     exact form   g = sqrt(s_next^2 - c^2) - s_next      mean = (1 - s_next) x0_hat + sqrt(s_next^2 - c^2) e_hat
 
     kernel          form    c at noise level h                                              levels       default
-    ode             -       0                                                               0            0
+    ode, ode2       -       0                                                               0            0
     flow            score   h sqrt(d s / (1 - s))          Flow-GRPO                        [0, inf)     0.7
     dance           score   h sqrt(d)                      DanceGRPO                        [0, inf)     0.3
     cps             exact   s_next sin(h pi / 2)           coefficient-preserving sampling  [0, 1]       0.8
@@ -21,6 +21,35 @@ where c is the standard deviation of the step (it already contains sqrt(d)) and 
     consistency     exact   h s_next                       LCM re-noising at h = 1          [0, 1]       1
 
 At level 0 each of them is the ODE step x - d v, bit for bit. Coefficients are float64 on the CPU.
+
+At the two ends of the schedule:
+
+    kernel          c at s = 1                              c at s_next = 0
+    flow            h, whatever the step length             h s / sqrt(1 - s): stays in the image
+    dance           h sqrt(d)                               h sqrt(s): stays in the image
+    cps             s_next sin(h pi / 2)                    0
+    precise         s_next, for every h > 0                 0
+    dance_precise   s_next sqrt(1 - exp(-h^2 d / s_next))   0
+    ddim            h s_next                                0
+    consistency     h s_next                                0
+
+flow's s / (1 - s) diverges at s = 1, so 1 - s_next stands in for 1 - s there, as published; hence c = h. Where c = 0 at
+s_next = 0 the step is x0_hat, carries no policy and cannot be trained. For a model that is the exact velocity, every
+kernel's marginals converge to the flow's as steps are added, except those of cps and consistency, whose noise per step
+does not shrink with the step: they narrow the data's spread. consistency is exact instead, at h = 1 and for any number
+of steps, when x0_hat is a consistency function (the end of the ODE through x) and not a mean.
+
+Every kernel with noise has the density `gaussian`, N(mean, c^2), and `unscaled`, its exponent without 1 / (2 c^2) and
+constants (as published with cps); see `log_prob`. A level is part of the density: noise scaled by another number than
+the c of the log-prob, as some published trees do, is not possible here.
+
+`ode2` is DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) for steps without noise. It adds to the ODE step
+
+    k (x0_hat - x0_hat_prev),   k = d / (2 s) * (lambda(s_next) - lambda(s)) / (lambda(s) - lambda(s_prev)),
+
+lambda(s) = ln((1 - s) / s), where x0_hat_prev is the prediction one step earlier, at s_prev. By the method's definition
+k = 0, the ODE step: on the first step of a segment, which has no earlier prediction (a step with noise before it gives
+none, as it leaves the ODE's path); on the step to s_next = 0; and in the limit s_prev = 1. `Plan.memory` holds k.
 """
 
 from __future__ import annotations
@@ -35,6 +64,7 @@ from torch import Tensor
 
 Number = float | Tensor
 DENSITIES = ("gaussian", "unscaled")
+SOLVERS = ("ode", "ode2")  # kernels of steps without noise
 _START = 1 - 1e-6  # from here on s counts as the pure-noise end, where s / (1 - s) diverges
 
 
@@ -61,13 +91,15 @@ class Kernel:
     std: Callable[[Tensor, Tensor, Tensor], Tensor] = field(repr=False)
     exact: bool = field(repr=False)
 
-    def check_level(self, level: Number) -> None:
-        """Raise ValueError for a level outside `level_range` (or one that is not a number)."""
+    def check_level(self, level: Number, where: str = "") -> None:
+        """Raise ValueError for a level outside `level_range` (or one that is not a number). where: for the message."""
         low, high = self.level_range
-        values = torch.as_tensor(level, dtype=torch.float64)
-        if not bool(((values >= low) & (values <= high) & values.isfinite()).all()):
+        values = torch.as_tensor(level, dtype=torch.float64).flatten()
+        good = (values >= low) & (values <= high) & values.isfinite()
+        if not bool(good.all()):
+            bad = ", ".join(f"{value:g}" for value in values[~good].unique().tolist())
             raise ValueError(
-                f"kernel '{self.name}' got noise level {level}; expected a finite value in [{low}, {high}]. "
+                f"kernel '{self.name}' got noise level {bad}{where}; expected a finite value in [{low}, {high}]. "
                 "Change the level or choose another kernel."
             )
 
@@ -89,6 +121,22 @@ class Kernel:
         # at c = 0 the square root of u * u is u itself, so that g is exactly 0
         g = ((u - c) * (u + c)).clamp_min(0).sqrt() - u if self.exact else -c * c / (2 * t)
         return Coefficients(1 + g, g * (1 - t) - (t - u), c)
+
+
+def second_order(s_prev: Number, s: Number, s_next: Number) -> Tensor:
+    """k of an `ode2` step from s to s_next after one from s_prev to s (see the module); float64, broadcast.
+
+    1 >= s_prev > s > s_next >= 0. Raises ValueError for other times.
+    """
+    r, t, u = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64) for x in (s_prev, s, s_next)))
+    if not bool(((r <= 1) & (t < r) & (u < t) & (u >= 0)).all()):
+        raise ValueError(
+            f"an ode2 step got s_prev = {r.tolist()}, s = {t.tolist()}, s_next = {u.tolist()}; expected "
+            "1 >= s_prev > s > s_next >= 0. Time falls from 1 (noise) to 0 (data): check the order of the sigmas."
+        )
+    before = torch.special.logit(r) - torch.special.logit(t)  # lambda = -logit; infinite at s_prev = 1, so k = 0
+    after = torch.special.logit(t) - torch.special.logit(u.where(u > 0, t))  # to s_next = 0: 0, so k = 0
+    return (t - u) / (2 * t) * after / before
 
 
 def affine(x: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -148,6 +196,7 @@ _KERNELS = {
     k.name: k
     for k in (
         Kernel("ode", (0.0, 0.0), 0.0, (), _ode, exact=False),
+        Kernel("ode2", (0.0, 0.0), 0.0, (), _ode, exact=False),
         Kernel("flow", (0.0, math.inf), 0.7, DENSITIES, _flow, exact=False),
         Kernel("dance", (0.0, math.inf), 0.3, DENSITIES, _dance, exact=False),
         Kernel("cps", (0.0, 1.0), 0.8, DENSITIES, _cps, exact=True),

@@ -4,21 +4,27 @@ A plan is the template of one root's tree, built before the run. Node 0 is the r
 for the edge from `parent[i]` to it, one denoising step. A plan without branches is an ordinary trajectory, so every
 sampler is a forest of plans: Flow-GRPO is K roots that never branch, a tree with L leaves gives K = roots x L images.
 
-A plan checks itself when it is made, draws itself (`print(plan.draw())`) and counts its model calls (`plan.cost()`).
+A plan checks itself when it is made, draws itself with its cost (`print(plan.describe())`) and counts its model calls
+(`plan.cost()`). Steps without noise are Euler steps (kernel `ode`) or steps of DPM-Solver++ 2M (`ode2`, whose history
+is `Plan.memory`). Plans of published methods are in `recipes`, noise levels in `levels`, plans that change from update
+to update in `curricula`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from samplers.kernels import Coefficients, get_kernel
+from samplers import drawing
+from samplers.kernels import SOLVERS, Coefficients, get_kernel, second_order
+from samplers.levels import Level, Levels, linear_growth
 
-Level = float | Callable[[int, int], float]
+MAX_LEAVES = 1024  # of one root, unless a builder is told otherwise: a typing error must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,22 @@ class Plan:
             a[rows], b[rows], c[rows] = get_kernel(name).coefficients(*(t[rows] for t in columns))
         return Coefficients(a, b, c)
 
+    @cached_property
+    def memory(self) -> tuple[float, ...]:
+        """k of every edge, x_next = a x + b v + c noise + k (x0_hat - x0_hat of the step before).
+
+        Not 0 only where an `ode2` edge follows another one: DPM-Solver++ 2M, see `kernels`."""
+        rows = [i for i, p in enumerate(self.parent) if p > 0 and self.kernel[i] == self.kernel[p] == "ode2"]
+        times = [(self.s[self.parent[i]], self.s[i], self.s_next[i]) for i in rows]
+        k = torch.zeros(len(self), dtype=torch.float64)
+        k[rows] = second_order(*torch.tensor(times, dtype=torch.float64).view(-1, 3).T)
+        return tuple(k.tolist())
+
+    @cached_property
+    def remembered(self) -> frozenset[int]:
+        """Nodes whose x0_hat a step further down needs again (see `memory`)."""
+        return frozenset(self.parent[self.parent[i]] for i in range(len(self)) if self.memory[i] != 0)
+
     @property
     def trained_kernel(self) -> str | None:
         """The kernel of the trained edges; None when there are none."""
@@ -177,11 +199,40 @@ class Plan:
         """Images of `roots` trees."""
         return roots * len(self.leaves)
 
+    def roots(self, group_size: int) -> int:
+        """How many roots make a group of `group_size` images; ValueError when it does not come out even."""
+        roots, rest = divmod(group_size, len(self.leaves))
+        if rest or roots < 1:
+            n = len(self.leaves)
+            raise bad_plan(
+                f"group size {group_size}", f"a multiple of {n}, the leaves of a root", "Change one of the two."
+            )
+        return roots
+
     def cost(self) -> Cost:
         """Model calls of one root, without guidance."""
         trained_parents = {self.parent[i] for i in range(1, len(self)) if self.trained[i]}
         inner, trained, images = len(self) - len(self.leaves), len(trained_parents), len(self.leaves)
         return Cost(inner, trained, trained, images)
+
+    @property
+    def trained_edges(self) -> int:
+        """Edges that enter the loss: training forwards of one root if siblings did not share theirs."""
+        return sum(self.trained)
+
+    def independent_cost(self) -> Cost:
+        """Model calls if each leaf of one root were a trajectory of its own over the same steps."""
+        leaves = self.below.sum(1).tolist()
+        trained = sum(leaves[i] for i in range(len(self)) if self.trained[i])
+        return Cost(sum(self.depths[leaf] for leaf in self.leaves), trained, trained, len(self.leaves))
+
+    def times(self, node: int) -> tuple[float, ...]:
+        """The times on the path from the root to a node, both included."""
+        times: list[float] = []
+        while node >= 0:
+            times.append(self.s_next[node])
+            node = self.parent[node]
+        return tuple(reversed(times))
 
     def branch(self, leaf: int) -> Plan:
         """The straight plan of one leaf. It keeps the sibling numbers and so draws the same noise: one image of a
@@ -196,28 +247,15 @@ class Plan:
         rest = {f.name: tuple(getattr(self, f.name)[i] for i in nodes) for f in fields(self) if f.name != "parent"}
         return Plan(parent=tuple(range(-1, len(nodes) - 1)), **rest)
 
-    def draw(self) -> str:
-        """The tree as text. Runs of equal steps share a line; a star marks trained steps."""
-        lines = [f"s {self.s_next[0]:.4f}"]
+    def draw(self, compact: bool = False) -> str:
+        """The tree as text. Runs of equal steps share a line; a star marks trained steps.
 
-        def walk(node: int, indent: str) -> None:
-            for child in self._children[node]:
-                last = child == self._children[node][-1]
-                run, end = 1, child
-                while len(self._children[end]) == 1 and self._look(self._children[end][0]) == self._look(child):
-                    run, end = run + 1, self._children[end][0]
-                single = len(self._children[node]) == 1
-                mark = "─" if single else "└" if last else "├"
-                lines.append(f"{indent}{mark}─ {self._look(child)} x{run} → {self.s_next[end]:.4f}")
-                # a single continuation stays on the same margin, so that long trajectories do not drift to the right
-                walk(end, indent + ("" if single else "   " if last else "│  "))
+        compact: siblings that are alike with all that lies below them are drawn once, as "2 of"."""
+        return drawing.draw(self, compact)
 
-        walk(0, "")
-        return "\n".join(lines)
-
-    def _look(self, node: int) -> str:
-        noisy = bool(self.coefficients.c[node] > 0)
-        return (f"{self.kernel[node]} {self.level[node]:.4g}" if noisy else "ode") + "*" * self.trained[node]
+    def describe(self, roots: int = 1) -> str:
+        """The compact drawing of one root and, below it, what `roots` of them cost (without guidance)."""
+        return drawing.describe(self, roots)
 
     # ---- checks
 
@@ -227,37 +265,42 @@ class Plan:
         for f in fields(self):
             count = len(getattr(self, f.name))
             if count != n:
-                raise _bad(f"{count} entries in {f.name}", f"{n}, one per node", "Fill every field.")
+                raise bad_plan(f"{count} entries in {f.name}", f"{n}, one per node", "Fill every field.")
         if n < 2 or self.parent[0] != -1:
-            raise _bad(f"parents {self.parent[:4]}", "-1 for node 0 and at least one edge", "Start at the root.")
+            raise bad_plan(f"parents {self.parent[:4]}", "-1 for node 0 and at least one edge", "Start at the root.")
         if self.trained[0] or not 0 < self.s_next[0] <= 1 or self.s[0] != self.s_next[0]:
-            raise _bad(f"root at s = {self.s_next[0]}", "an untrained root in (0, 1]", "Begin the sigmas at the prior.")
+            raise bad_plan(
+                f"root at s = {self.s_next[0]}", "an untrained root in (0, 1]", "Begin the sigmas at the prior."
+            )
         for i, parent in enumerate(self.parent[1:], start=1):
             if not 0 <= parent < i:
-                raise _bad(f"parent {parent} of node {i}", f"one of 0..{i - 1}", "Put parents before children.")
+                raise bad_plan(f"parent {parent} of node {i}", f"one of 0..{i - 1}", "Put parents before children.")
             if self.s[i] != self.s_next[parent]:
                 fix = "An edge starts where its parent ended."
-                raise _bad(f"edge into node {i} from s = {self.s[i]}", f"s = {self.s_next[parent]}", fix)
+                raise bad_plan(f"edge into node {i} from s = {self.s[i]}", f"s = {self.s_next[parent]}", fix)
         noisy = (self.coefficients.c > 0).tolist()  # the coefficients check kernels, levels and that times fall
         for i in range(1, n):
             if self.trained[i] and not noisy[i]:
                 fix = "Give it a level > 0 or leave it out of the trained steps."
-                raise _bad(f"a trained edge at s = {self.s[i]:.4f} without noise", "noise on trained edges", fix)
+                step = f"kernel '{self.kernel[i]}', s = {self.s[i]:.4f} to {self.s_next[i]:.4f}"
+                raise bad_plan(f"a trained edge ({step}) without noise", "noise on trained edges", fix)
         kernels = sorted({self.kernel[i] for i in range(n) if self.trained[i]})
         if len(kernels) > 1:
-            raise _bad(f"trained edges of kernels {kernels}", "one kernel", "Their log-probs are not comparable.")
+            raise bad_plan(f"trained edges of kernels {kernels}", "one kernel", "Their log-probs are not comparable.")
         for node, children in enumerate(self._children):
             numbers = [self.sibling[i] for i in children]
             if len(set(numbers)) < len(numbers):
                 fix = "Equal numbers would share noise."
-                raise _bad(f"sibling numbers {numbers} below node {node}", "distinct numbers", fix)
+                raise bad_plan(f"sibling numbers {numbers} below node {node}", "distinct numbers", fix)
             silent = [self.s_next[i] for i in children if not noisy[i]]
             if len(set(silent)) < len(silent):
-                fix = "Give the branching step a level > 0."
-                raise _bad(f"equal children without noise below node {node}", "noise where a plan branches", fix)
+                i = next(i for i in children if not noisy[i])
+                where = f"below node {node} (kernel '{self.kernel[i]}', s = {self.s[i]:.4f} to {self.s_next[i]:.4f})"
+                fix = "Give the branching step a level > 0 and a kernel that has noise there."
+                raise bad_plan(f"equal children without noise {where}", "noise where a plan branches", fix)
         ends = sorted({self.s_next[i] for i in self.leaves})
         if len(ends) > 1:
-            raise _bad(f"leaves at s = {ends}", "one common end", "Continue every path to the same time.")
+            raise bad_plan(f"leaves at s = {ends}", "one common end", "Continue every path to the same time.")
 
 
 class PlanBuilder:
@@ -268,14 +311,27 @@ class PlanBuilder:
 
     def __init__(self, s: float = 1.0) -> None:
         self._rows: list[tuple[int, float, float, float, str, bool, int]] = [(-1, s, s, 0.0, "ode", False, 0)]
+        self._fan: dict[int, int] = {}
 
-    def add(self, parent: int, s_next: float, kernel: str = "ode", level: float = 0.0, trained: bool = False) -> int:
-        """Add an edge from node `parent` to time `s_next`; returns the new node. Level 0 makes it an ODE step."""
+    def add(
+        self,
+        parent: int,
+        s_next: float,
+        kernel: str = "ode",
+        level: float = 0.0,
+        trained: bool = False,
+        sibling: int | None = None,
+    ) -> int:
+        """Add an edge from node `parent` to time `s_next`; returns the new node.
+
+        At level 0 it is an ODE step: of second order for kernel "ode2", else of first order. sibling: its number in
+        noise keys; default the number of edges that leave the parent already."""
         if not 0 <= parent < len(self._rows):
-            raise _bad(f"parent {parent}", f"one of 0..{len(self._rows) - 1}", "Add the parent first.")
-        sibling = sum(row[0] == parent for row in self._rows)
-        kernel = kernel if level != 0 else "ode"
-        self._rows.append((parent, self._rows[parent][2], s_next, float(level), kernel, trained, sibling))
+            raise bad_plan(f"parent {parent}", f"one of 0..{len(self._rows) - 1}", "Add the parent first.")
+        number = self._fan.get(parent, 0) if sibling is None else sibling
+        self._fan[parent] = self._fan.get(parent, 0) + 1
+        kernel = kernel if level != 0 or kernel in SOLVERS else "ode"
+        self._rows.append((parent, self._rows[parent][2], s_next, float(level), kernel, trained, number))
         return len(self._rows) - 1
 
     def build(self) -> Plan:
@@ -286,18 +342,19 @@ class PlanBuilder:
 def straight(
     sigmas: Tensor | Sequence[float],
     kernel: str = "flow",
-    level: float | None = None,
+    level: Level | None = None,
     trained: Iterable[int] | None = None,
     noisy: Iterable[int] | None = None,
     last_step_noise: bool = False,
+    solver: str = "ode",
 ) -> Plan:
     """One trajectory over `sigmas` (T + 1 times from noise to data); T steps, numbered from 0.
 
     noisy: steps with noise, the others are ODE steps; default all but the last (all with `last_step_noise`).
     trained: steps that enter the loss; default the noisy ones but the last. level: default that of the kernel; 0 gives
-    a plain ODE plan.
+    a plain ODE plan. solver: of the steps without noise, "ode" or "ode2" (see `kernels`).
     """
-    return tree(sigmas, {}, kernel, level, noisy=noisy, trained=trained, last_step_noise=last_step_noise)
+    return tree(sigmas, {}, kernel, level, noisy, trained, last_step_noise, solver)
 
 
 def tree(
@@ -308,31 +365,43 @@ def tree(
     noisy: Iterable[int] | None = None,
     trained: Iterable[int] | None = None,
     last_step_noise: bool = False,
+    solver: str = "ode",
+    max_leaves: int = MAX_LEAVES,
 ) -> Plan:
     """A tree over `sigmas` (T + 1 times) that splits every node of step i into `branch_at[i]` children.
 
-    level: a number, or a function (step, branchings passed before it) -> level; default that of the kernel. noisy,
-    trained: as in `straight`, for all nodes of those steps; a step that branches must be noisy.
+    level: a number, or a function (step, depth) -> level of the noisy steps, see `levels`; depth is the number of
+    steps in `branch_at` before this one. Default: that of the kernel. noisy, trained, solver: as in `straight`, for
+    all nodes of those steps; a step that branches must be noisy. max_leaves: more of them are refused.
     """
     times = [float(s) for s in sigmas]
     steps = len(times) - 1
     if steps < 1:
-        raise _bad(f"{len(times)} sigmas", "at least 2", "Ask for at least one step.")
+        raise bad_plan(f"{len(times)} sigmas", "at least 2", "Ask for at least one step.")
     with_noise = _steps("noisy", noisy, steps, range(steps if last_step_noise else steps - 1))
     in_loss = _steps("trained", trained, steps, with_noise - {steps - 1})
     _steps("branch_at", branch_at, steps, ())
-    default_level = get_kernel(kernel).default_level
-    builder, front, branchings = PlanBuilder(times[0]), [0], 0
-    for step in range(steps):
-        count = branch_at.get(step, 1)
+    for step, count in branch_at.items():
         if count < 1:
-            raise _bad(f"{count} children at step {step}", "at least 1", "Use 1, or leave the step out.")
-        h = level(step, branchings) if callable(level) else default_level if level is None else level
-        h = h if step in with_noise else 0.0
+            raise bad_plan(f"{count} children at step {step}", "at least 1", "Use 1, or leave the step out.")
+    check_leaves(math.prod(branch_at.values()), max_leaves, f"splits {dict(branch_at)}")
+    if isinstance(level, Levels) and level.kernel != kernel:
+        fix = "Levels of different kernels are different amounts of noise."
+        raise bad_plan(f"levels for kernel '{level.kernel}'", f"levels for '{kernel}', the kernel of the tree", fix)
+    check_solver(solver)
+    if kernel in SOLVERS:
+        solver = kernel
+    default_level = get_kernel(kernel).default_level
+    builder, front, depth = PlanBuilder(times[0]), [0], 0
+    for step in range(steps):
+        h = 0.0
+        if step in with_noise:
+            h = level(step, depth) if callable(level) else default_level if level is None else level
         # level 0 trains nothing by default; asked for by name it is an error
         train = step in in_loss and (h != 0 or trained is not None)
-        front = [builder.add(node, times[step + 1], kernel, h, train) for node in front for _ in range(count)]
-        branchings += count > 1
+        edge = (times[step + 1], kernel if h != 0 else solver, h, train)
+        front = [builder.add(node, *edge) for node in front for _ in range(branch_at.get(step, 1))]
+        depth += step in branch_at
     return builder.build()
 
 
@@ -341,34 +410,52 @@ def sliding_tree(
     window: tuple[int, int],
     branch: int = 2,
     kernel: str = "flow",
-    level: float | None = None,
+    level: Level | None = None,
     growth: float = 0.0,
+    solver: str = "ode",
+    max_leaves: int = MAX_LEAVES,
 ) -> Plan:
     """A tree that branches at, puts noise on and trains exactly the steps [start, end) of `window`; ODE elsewhere.
 
-    branch ** (end - start) leaves (TreeGRPO; Dynamic-TreeRPO with growth > 0). The level grows linearly with depth:
-    level * (1 + growth * k / (end - start)) at the window's k-th step, k = 0, 1, ...
+    branch ** (end - start) leaves; with branch 1 one trajectory with a window of noise. level: as in `tree`. growth:
+    makes a single level grow linearly with depth, level * (1 + growth * depth / (end - start)).
     """
     start, end = window
     steps = len(sigmas) - 1
     if not 0 <= start < end <= steps:
-        raise _bad(f"window {window}", f"0 <= start < end <= {steps}", "Move the window inside the steps.")
+        raise bad_plan(f"window {tuple(window)}", f"0 <= start < end <= {steps}", "Move the window inside the steps.")
+    if growth != 0:
+        if callable(level):
+            raise bad_plan(
+                f"growth {growth} beside a level function", "one of the two", "Put the growth into the function."
+            )
+        level = linear_growth(kernel, growth, end - start, level)
     inside = range(start, end)
-    base = get_kernel(kernel).default_level if level is None else level
+    splits = {step: branch for step in inside}
+    return tree(sigmas, splits, kernel, level, inside, inside, solver=solver, max_leaves=max_leaves)
 
-    def grown(step: int, branchings: int) -> float:
-        return base * (1 + growth * (step - start) / (end - start))
 
-    return tree(sigmas, {step: branch for step in inside}, kernel, grown, noisy=inside, trained=inside)
+def check_solver(solver: str) -> None:
+    """ValueError for a kernel that does not solve steps without noise."""
+    if solver not in SOLVERS:
+        raise bad_plan(f"solver '{solver}'", f"one of {list(SOLVERS)}", "Check the spelling.")
+
+
+def check_leaves(leaves: int, most: int, what: str) -> None:
+    """ValueError when one root would have more leaves than `most`."""
+    if leaves > most:
+        fix = "Branch less, or raise max_leaves if memory and reward can take it."
+        raise bad_plan(f"{leaves} leaves per root from {what}", f"at most {most}", fix)
 
 
 def _steps(name: str, given: Iterable[int] | None, steps: int, default: Iterable[int]) -> set[int]:
     chosen = set(default if given is None else given)
     outside = sorted(chosen - set(range(steps)))
     if outside:
-        raise _bad(f"{name} steps {outside}", f"steps 0..{steps - 1}", "Count steps from 0.")
+        raise bad_plan(f"{name} steps {outside}", f"steps 0..{steps - 1}", "Count steps from 0.")
     return chosen
 
 
-def _bad(got: str, expected: str, fix: str) -> ValueError:
+def bad_plan(got: str, expected: str, fix: str) -> ValueError:
+    """The error of a plan that cannot be, for all that build plans."""
     return ValueError(f"plan: got {got}; expected {expected}. {fix}")

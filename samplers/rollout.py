@@ -3,6 +3,7 @@
 All live nodes of one depth, over all roots, are one batch (row = node position x R + root), cut into chunks that fit
 the memory. Every inner node is predicted once and all its children are drawn from that velocity. Latents are float32;
 the coefficients of a plan are computed once; the noise of a step is drawn into one buffer while a GPU still predicts.
+Second-order steps (`ode2`) read one earlier prediction, which is kept per node, for one step, and only where needed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from samplers.kernels import affine, per_row
 from samplers.keys import Key, child_seed, child_suffix, fill_noise, hash_root, noise
 from samplers.log_prob import Density
-from samplers.plans import Plan
+from samplers.plans import Frontier, Plan
 from samplers.trees import Edges, Latents, States, Tree
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,6 +70,7 @@ def rollout(
     store.put((0,), x)
     hashes = [hash_root(key) for key in keys]
     calls: list[int] = []
+    earlier: dict[int, Tensor] = {}  # x0_hat of the last frontier's nodes that second-order steps read
 
     for depth, front in enumerate(plan.frontiers):
         if on_frontier is not None:
@@ -92,15 +94,42 @@ def rollout(
         v = (velocities[0] if len(velocities) == 1 else torch.cat(velocities)).reshape(x.shape)
 
         children = list(front.children)
+        predicted = _predicted_data(plan, front, x, v)
         x, v = _pick(x, front.parent_at), _pick(v, front.parent_at)
-        mean = affine(x, v, a[children], b[children])
+        mean = _second_order(plan, children, affine(x, v, a[children], b[children]), predicted, earlier)
+        earlier = {node: x0_hat for node, x0_hat in predicted.items() if node in plan.remembered}
         x = _add_noise(mean, plan, children, depth, hashes)
         store.put(front.children, x)
         store.score(children, x, mean, density)
         x = _pick(x, tuple(i for i, child in enumerate(children) if plan.children(child)))
-        del rows, v, velocities, mean  # nothing but the frontier outlives its step
+        del rows, v, velocities, mean, predicted  # nothing but the frontier outlives its step
 
     return store.tree(tuple(keys), density, tuple(calls), chunk)
+
+
+def _predicted_data(plan: Plan, front: Frontier, x: Tensor, v: Tensor) -> dict[int, Tensor]:
+    """x0_hat = x - s v, each (R, C, H, W), of the nodes of a frontier whose second-order steps read it."""
+    if not plan.remembered:
+        return {}
+    return {
+        node: x[at] - plan.s_next[node] * v[at]
+        for at, node in enumerate(front.parents)
+        if node in plan.remembered or any(plan.memory[child] != 0 for child in plan.children(node))
+    }
+
+
+def _second_order(
+    plan: Plan, children: list[int], mean: Tensor, now: dict[int, Tensor], earlier: dict[int, Tensor]
+) -> Tensor:
+    """mean + k (x0_hat - x0_hat one step earlier) for the children with a memory k (DPM-Solver++ 2M, see `kernels`)."""
+    rows = [i for i, child in enumerate(children) if plan.memory[child] != 0]
+    if not rows:
+        return mean
+    k = torch.tensor([plan.memory[children[i]] for i in rows], dtype=torch.float64)
+    parents = [plan.parent[children[i]] for i in rows]
+    change = torch.stack([now[parent] - earlier[plan.parent[parent]] for parent in parents])
+    change = change.mul_(per_row(k, change))
+    return mean.index_add(0, torch.tensor(rows, device=mean.device), change)
 
 
 def _add_noise(mean: Tensor, plan: Plan, children: list[int], step: int, hashes: list) -> Tensor:

@@ -11,8 +11,9 @@ States are in the order of the rollout's model calls; edges are sorted by state,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,15 @@ class Latents:
     @property
     def shape(self) -> torch.Size:
         return torch.Size((len(self.index), *self.pool.shape[1:]))
+
+
+def _select(table: States | Edges, rows: Tensor) -> dict[str, Any]:
+    """These rows of every column, in this order; latents are not copied."""
+    columns: dict[str, Any] = {f.name: getattr(table, f.name) for f in fields(table)}
+    return {
+        name: Latents(c.pool, c.index[rows]) if isinstance(c, Latents) else c[rows.to(c.device)]
+        for name, c in columns.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +137,28 @@ class Tree:
     def cost(self) -> Cost:
         """Model calls of all roots, without guidance: those made, and those that training on the kept states takes."""
         return Cost(sum(self.calls), len(self.states), len(self.states), self.leaves.shape[0] * self.leaves.shape[1])
+
+    def prune(self, keep: Tensor) -> Tree:
+        """The same rollout with only the edges above the leaves that are kept, and the states that these leave.
+
+        keep: (R, L) bool. Weights become shares of each root's kept leaves; a root without any has no edges left.
+        Leaves, model calls and the pool of latents stay."""
+        if keep.shape != self.leaves.shape[:2] or keep.dtype != torch.bool:
+            raise ValueError(
+                f"prune got {keep.dtype} of shape {tuple(keep.shape)}; expected bool {tuple(self.leaves.shape[:2])}. "
+                "Give one flag per root and leaf."
+            )
+        edges, states = self.edges, self.states
+        kept_below = (self.leaf_mask() & keep[edges.root]).sum(1)
+        chosen = kept_below.nonzero().squeeze(1)
+        left, state = edges.state[chosen].unique(return_inverse=True)
+        weight = kept_below[chosen].double() / keep.sum(1)[edges.root[chosen]]
+        edges = replace(Edges(**_select(edges, chosen)), state=state, weight=weight)
+        return replace(self, states=States(**_select(states, left)), edges=edges)
+
+    def leaf_mask(self, edges: Tensor | slice = slice(None)) -> Tensor:
+        """(E, L) bool: which leaves of its root lie below each of these edges."""
+        return self.plan.below[self.edges.node[edges]]
 
     @cached_property
     def _fan(self) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flowrl.advantages import group_advantages, leaf_mean
+from flowrl.advantages import group_advantages
 from flowrl.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -121,8 +121,6 @@ def test_bad_arguments():
         group_advantages(f64(0, 1), ids(0, 0, 0))
     with pytest.raises(UserError, match="integers"):
         group_advantages(f64(0, 1), f64(0, 0))
-    with pytest.raises(UserError, match="same tree"):
-        leaf_mean(torch.zeros(2, 4), torch.ones(3, 5, dtype=torch.bool))
 
 
 # --- properties ---------------------------------------------------------------------------------------------------
@@ -223,41 +221,3 @@ def test_any_split_over_processes_gives_the_same_advantages(batch, ranks, std):
         if std == "global" and part.valid.any():
             mine_std, all_std = part.stds[~part.stds.isnan()], whole.stds[~whole.stds.isnan()]
             torch.testing.assert_close(mine_std[0], all_std[0], rtol=1e-13, atol=1e-13)
-
-
-# --- credit -------------------------------------------------------------------------------------------------------
-
-# A root (0) that splits in two (1, 2); 1 splits in leaves 3 and 4, 2 ends in leaf 5. Nodes 1..5 name edges.
-DESCENDANTS = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.bool)
-
-
-def test_leaf_mean_by_hand():
-    out = leaf_mean(torch.tensor([[1.0, 2.0, -3.0], [4.0, 0.0, 5.0]]), DESCENDANTS)
-    torch.testing.assert_close(
-        out.advantages, torch.tensor([[0, 1.5, -3, 1, 2, -3], [3, 2, 5, 4, 0, 5]], dtype=torch.float32)
-    )
-    torch.testing.assert_close(out.weights, torch.tensor([[3, 2, 1, 1, 1, 1]] * 2) / 3)
-
-
-def test_leaf_mean_skips_missing_leaves():
-    out = leaf_mean(torch.tensor([[1.0, NAN, -3.0]]), DESCENDANTS, valid=torch.tensor([[True, False, True]]))
-    torch.testing.assert_close(out.advantages, torch.tensor([[-1.0, 1, -3, 1, 0, -3]]))
-    torch.testing.assert_close(out.weights, torch.tensor([[2.0, 1, 1, 1, 0, 1]]) / 3)
-
-
-def test_a_straight_path_gets_its_leafs_advantage_with_weight_one():
-    out = leaf_mean(torch.tensor([[2.0], [-1.0]]), torch.ones(4, 1, dtype=torch.bool))
-    assert out.advantages.tolist() == [[2.0] * 4, [-1.0] * 4] and (out.weights == 1).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(grid, min_size=3, max_size=3), st.lists(st.booleans(), min_size=3, max_size=3))
-def test_the_tree_gradient_is_that_of_independent_paths(a, keep):
-    """Formula of the docstring, for arbitrary per-edge numbers in the place of grad log p."""
-    a, keep = torch.tensor([a]), torch.tensor([keep])
-    grad = torch.tensor([0.0, 0.7, -1.3, 2.1, 0.4, -0.9])
-    out = leaf_mean(a, DESCENDANTS, valid=keep)
-    tree = (out.weights * out.advantages * grad).sum()
-    paths = [grad[1] + grad[3], grad[1] + grad[4], grad[2] + grad[5]]
-    independent = sum(float(a[0, i]) * float(paths[i]) for i in range(3) if keep[0, i]) / 3
-    torch.testing.assert_close(tree, torch.tensor(independent), rtol=1e-5, atol=1e-5)

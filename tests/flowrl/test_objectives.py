@@ -10,12 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowrl.errors import UserError
+from flowrl.layer_tuning import Supervised
 from flowrl.objectives import (
+    DPPO,
     NEEDS,
+    NFT,
+    OBJECTIVES,
     Clipped,
     EdgeScalars,
+    Guard,
     LossTerms,
     MetricMeans,
+    SoftmaxTB,
     get_objective,
     scalar_gradients,
     surrogate,
@@ -88,8 +94,12 @@ def test_weights_and_kl_enter_linearly_and_weight_zero_takes_both_out():
 def test_needs():
     assert Clipped().needs == {"edges"} and not Clipped.coupled
     assert Clipped(kl_weight=0.1).needs == {"edges", "reference"} <= NEEDS
-    with pytest.raises(ValueError, match="EdgeScalars.kl"):
+    with pytest.raises(ValueError, match=r"EdgeScalars\.kl"):
         Clipped(kl_weight=0.1)(edges([1.0], [1.0]))
+    assert Guard().needs == DPPO().needs == {"edges", "old_mean"} and Guard(ratio_norm=False).needs == {"edges"}
+    assert SoftmaxTB().needs == {"edges", "paths", "old_mean"} and SoftmaxTB(form="squared").needs == {"edges", "paths"}
+    assert NFT().needs == {"leaves", "old", "reference"} and NFT(kl_weight=0).needs == {"leaves", "old"}
+    assert Supervised(Guard(kl_weight=1)).needs == {"edges", "old_mean", "reference", "target"}
 
 
 def test_nothing_flows_into_the_old_log_prob_or_the_advantage():
@@ -169,17 +179,22 @@ class SoftmaxMatch:
         return LossTerms(e.weight * terms, {})
 
 
-@dataclass(frozen=True)
-class Guarded:
-    """GRPO-Guard in its general form: r = exp((log p - log p_old + <(m - m_old)^2> / (2 c^2)) c), loss / |b|."""
-
-    name: ClassVar[str] = "guarded"
-    coupled: ClassVar[bool] = False
-    needs: frozenset = frozenset({"edges", "old_mean"})
-
-    def __call__(self, e):
-        exponent = (e.log_prob - e.old_log_prob + e.mean_shift_sq / (2 * e.c**2)) * e.c
-        return LossTerms(e.weight * -e.advantage * exponent.exp() / e.jacobian, {})
+NONE = math.nan
+# values of the two leaves of an edge's root, where they lie below the edge
+PATHS = [[1.0, -0.5], [0.3, 2.0], [1.0, NONE], [NONE, 2.0], [-1.0, NONE], [NONE, NONE]]
+EVERY = [
+    Clipped(1e-3, kl_weight=0.3),
+    Clipped(1e-3),
+    Clipped(1e-3, clip_range_max=(0.1, 0.2)),
+    SoftmaxMatch(),
+    Guard(0.01),
+    Guard(0.01, 0.3, reweight="step"),
+    DPPO(1e-4, kl_weight=0.3),
+    SoftmaxTB(2.0, clip_range=0.01, kl_weight=0.3),
+    SoftmaxTB(2.0, "squared"),
+    Supervised(Clipped(1e-3)),
+    Supervised(SoftmaxTB(2.0)),
+]
 
 
 def toy(seed):
@@ -212,15 +227,20 @@ def toy(seed):
             kl=shift / (2 * c**2),
             jacobian=b.abs(),
             c=c,
+            d=0.1 + 0.05 * c,
             mean_shift_sq=shift,
+            target_sq=((theta[0] + theta[1] * x - 0.3) ** 2).mean(1),
+            target_weight=torch.tensor([0.0, 0, 2, 0.5, 0, 3], dtype=torch.float64),
             group=torch.tensor([0, 1, 0, 1, 1, 0]),
+            root=torch.tensor([0, 1, 0, 1, 3, 2]),
+            paths=torch.tensor(PATHS, dtype=torch.float64),
         )
         return all_edges[rows]
 
     return theta, scalars, (x, eps, b, c, old, mean)
 
 
-@pytest.mark.parametrize("objective", [Clipped(1e-3, kl_weight=0.3), Clipped(1e-3), SoftmaxMatch(), Guarded()])
+@pytest.mark.parametrize("objective", EVERY, ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_scalar_route_in_micro_batches_equals_autograd_through_everything(objective, seed):
     theta, scalars, _ = toy(seed)
@@ -232,11 +252,31 @@ def test_scalar_route_in_micro_batches_equals_autograd_through_everything(object
         first = EdgeScalars.cat([scalars(slice(0, 4)), scalars(slice(4, 6))])
     out, gradients = scalar_gradients(objective, first, normaliser=4.0)
     assert out.terms.sum().item() / 4 == pytest.approx(loss.item(), rel=1e-12)
-    assert not out.terms.requires_grad and gradients.keys() == {"log_prob", "kl", "mean_shift_sq"}
+    assert not out.terms.requires_grad and gradients.keys() == {"log_prob", "kl", "mean_shift_sq", "target_sq"}
+    assert expected.abs().min() > 0
     got = torch.zeros_like(expected)
     for rows in ([0, 5], [1, 2, 3], [4]):  # second pass, other micro-batches
         got += torch.autograd.grad(surrogate(scalars(rows), {name: g[rows] for name, g in gradients.items()}), theta)[0]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", [o for o in EVERY if not o.coupled], ids=str)
+def test_an_objective_that_is_not_coupled_looks_at_each_edge_alone(objective):
+    _, scalars, _ = toy(0)
+    whole = objective(scalars(slice(None))).terms
+    alone = torch.cat([objective(scalars([i])).terms for i in range(6)])
+    torch.testing.assert_close(whole, alone, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("objective", [o for o in EVERY if not isinstance(o, SoftmaxMatch)], ids=str)
+def test_an_edge_of_weight_zero_changes_nothing(objective):
+    """The last edge of the toy has weight 0: its numbers reach neither the loss nor a gradient."""
+    theta, scalars, _ = toy(0)
+    e = scalars(slice(None))
+    (given,) = torch.autograd.grad(objective(e).terms.sum(), theta, retain_graph=True)
+    (without,) = torch.autograd.grad(objective(e[:5]).terms.sum(), theta)
+    torch.testing.assert_close(given, without, rtol=1e-12, atol=0)
+    assert objective(e).terms[5] == 0
 
 
 def test_scalar_gradients_of_the_clipped_objective_by_hand():
@@ -253,7 +293,7 @@ def test_the_scalars_carry_what_guard_needs():
     e = scalars(slice(None))
     shift = mean(theta) - mean(old)
     expected = -e.weight * e.advantage * (eps * shift).mean(1).exp() / b.abs()
-    torch.testing.assert_close(Guarded()(e).terms, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(Guard((0.9, 9.0))(e).terms, expected, rtol=1e-9, atol=1e-12)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -261,6 +301,9 @@ def test_the_scalars_carry_what_guard_needs():
 
 def test_get_objective():
     assert get_objective("clipped", clip_range=1e-5, kl_weight=0.04) == Clipped(1e-5, 0.04)
+    assert get_objective("guard", clip_range=4e-6) == Guard(4e-6) and get_objective("dppo", threshold=0.1) == DPPO(0.1)
+    assert get_objective("tmpo", beta=2.0) == SoftmaxTB(2.0) and get_objective("nft", beta=0.1) == NFT(0.1)
+    assert all(get_objective(name).name == name and get_objective(name).needs <= NEEDS for name in OBJECTIVES)
     with pytest.raises(UserError, match="unknown objective 'cliped'.*did you mean 'clipped'"):
         get_objective("cliped")
     with pytest.raises(UserError, match="no setting 'clip_rnge'.*did you mean 'clip_range'"):
@@ -284,3 +327,5 @@ def test_shapes_that_would_broadcast_are_refused():
         EdgeScalars(torch.zeros(3), torch.zeros(3), torch.zeros(1), torch.ones(3))
     with pytest.raises(ValueError, match="one vector of one length"):
         EdgeScalars(*[torch.zeros(3, 1)] * 4)
+    with pytest.raises(ValueError, match=r"expected \(edges, leaves\), 3 edges"):
+        EdgeScalars(*[torch.zeros(3)] * 4, paths=torch.zeros(2, 3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gaussian_reference as reference
 import pytest
@@ -11,9 +11,10 @@ import torch
 from tiny_pipelines import tiny_sd3
 
 import samplers
-from flowrl.advantages import leaf_mean
+from flowrl.credit import leaf_mean
 from flowrl.errors import GuardStop
-from flowrl.objectives import Clipped, EdgeScalars, LossTerms
+from flowrl.layer_tuning import LayerTuning, Supervised, progress_targets
+from flowrl.objectives import DPPO, Clipped, EdgeScalars, Guard, LossTerms, SoftmaxTB
 from flowrl.policies import GaussianPolicy, PipelinePolicy
 from flowrl.update import (
     Batch,
@@ -21,7 +22,10 @@ from flowrl.update import (
     accumulate_gradients,
     active_states,
     check_on_policy,
+    edge_scalars,
+    forwards_per_row,
     on_policy_deviation,
+    total_weight,
     with_halving,
 )
 
@@ -92,10 +96,12 @@ def case(plan: samplers.Plan, *, seed: int = 0, roots_per_prompt: int = 2, moved
     leaves[order == 1] = 0.0  # a group of equal rewards
     leaves[0, 0] = math.nan
     valid = ~leaves.isnan()
-    credit = leaf_mean(leaves.nan_to_num(), plan.below, valid)
+    credit = leaf_mean(leaves.nan_to_num(), plan, valid)
     edges = (tree.edges.root, tree.edges.node)
     part = (order % parts)[tree.states.root]
-    batch = Batch(tree, cond, credit.advantages[edges], credit.weights[edges], order, part)
+    progress = progress_targets(LayerTuning(weight=0.7, states="all", floor=None), tree, leaves, order)
+    batch = Batch(tree, cond, credit.advantages[edges], credit.weights[edges], order, part, leaves, progress=progress)
+    policy.copy_weights("current", "old")
     move(policy, seed + 3, moved)
     return Case(policy, old, batch, leaves, cond.rows["mean"])
 
@@ -222,11 +228,192 @@ def test_a_coupled_loss_does_not_depend_on_the_micro_batch(micro_batch):
     close(mine, torch.cat([g.flatten() for g in grads]).double())
 
 
-def test_an_update_without_any_edge_names_the_same_metrics():
+# ------------------------------------------------------------------------------- the other objectives on edges
+EVERY = {
+    "clipped": Clipped(CLIP, 0.4),
+    "adaptive": Clipped(CLIP, clip_range_max=0.2, sensitivity=2.0),
+    "guard": Guard(0.02),
+    "guard, KL": Guard(0.02, 0.4, reweight="step"),
+    "dppo": DPPO(1e-3),
+    "tmpo": SoftmaxTB(2.0, clip_range=0.3),
+    "tmpo, squared": SoftmaxTB(2.0, "squared", kl_weight=0.4),
+    "supervised": Supervised(Clipped(CLIP)),
+    "supervised tmpo": Supervised(SoftmaxTB(2.0, "squared")),
+}
+
+
+def edge_by_edge(made: Case, trained) -> list[dict]:
+    """The numbers of every edge that has a valid leaf below, in float64 from the formulas of the Gaussian flow."""
+    tree, plan, found = made.batch.tree, made.batch.tree.plan, []
+    zero = (torch.zeros_like(made.old[0]), torch.zeros_like(made.old[1]))
+    for e in range(len(tree.edges)):
+        root, node = int(tree.edges.root[e]), int(tree.edges.node[e])
+        below = [n for n, leaf in enumerate(plan.leaves) if node in reference.ancestors(plan, leaf)]
+        valid = [n for n in below if not made.leaves[root, n].isnan()]
+        if not valid:
+            continue
+        s, s_next = plan.s[node], plan.s_next[node]
+        a, b, c = reference.flow_step(s, s_next, plan.level[node])
+        x = tree.states.x[tree.edges.state[[e]]].flatten().double()
+        x_next, mean = tree.edges.x_next[[e]].flatten().double(), made.means[root].double()
+        v, v_old, v_ref = (reference.velocity(x, s, mean, w) for w in (trained, made.old, zero))
+        log_prob, old = (torch.distributions.Normal(a * x + b * u, c).log_prob(x_next).mean() for u in (v, v_old))
+        best = int(made.batch.progress.best[root])
+        gap = None if best < 0 else ((v - (x - tree.leaves[root, best].flatten().double()) / s) ** 2).mean()
+        found.append({
+            "root": root, "group": int(made.batch.group[root]), "leaves": valid, "log_ratio": log_prob - old.detach(),
+            "log_prob": log_prob, "shift": (b * (v - v_old)).square().mean(), "b": b, "c": c, "d": s - s_next,
+            "kl": (b * (v - v_ref)).square().mean() / (2 * c**2), "weight": len(valid) / len(plan.leaves), "gap": gap,
+            "advantage": sum(made.leaves[root, n].item() for n in valid) / len(valid),
+            "imitates": float(made.batch.progress.weight[e]),
+        })  # fmt: skip
+    return found
+
+
+def written_out(made: Case, name: str, trained) -> torch.Tensor:
+    """The loss of one of the objectives above, straight from its formula."""
+    edges = edge_by_edge(made, trained)
+    total = torch.zeros((), dtype=torch.float64)
+    for e in edges:
+        r, a, w = e["log_ratio"].exp(), e["advantage"], e["weight"]
+
+        def clip(r, low, high, a=a):
+            return torch.maximum(-a * r, -a * r.clamp(1 - low, 1 + high))
+
+        if name in ("clipped", "supervised"):
+            total = total + w * clip(r, CLIP, CLIP)
+        if name == "adaptive":
+            bound = CLIP + (0.2 - CLIP) / (1 + math.exp(-2 * a))
+            total = total + w * clip(r, bound, bound)
+        if name.startswith("guard"):
+            normed = ((e["log_ratio"] + e["shift"] / (2 * e["c"] ** 2)) * e["c"]).exp()
+            total = total + w * clip(normed, 0.02, 0.02) / (e["d"] if "KL" in name else abs(e["b"]))
+        if name == "dppo":
+            held = e["shift"] / (2 * e["c"] ** 2) >= 1e-3 and a * (r.item() - 1) > 0
+            total = total + (0 if held else -w * a * r)
+        if name in ("clipped", "guard, KL", "tmpo, squared"):
+            total = total + 0.4 * w * e["kl"]
+        if name.startswith("supervised") and e["gap"] is not None:
+            total = total + e["imitates"] * e["gap"]
+    if "tmpo" in name:
+        for group in {e["group"] for e in edges}:
+            paths = {}
+            for e in edges:
+                for leaf in e["leaves"] if e["group"] == group else []:
+                    paths.setdefault((e["root"], leaf), []).append(e)
+            q = torch.stack([sum(e["log_prob"] for e in path) for path in paths.values()]).log_softmax(0)
+            values = torch.tensor([made.leaves[path].item() for path in paths], dtype=torch.float64)
+            t = (2 * values).log_softmax(0)
+            changes = [sum(e["log_ratio"] for e in path) for path in paths.values()]
+            centre = sum(change.item() for change in changes) / len(changes)
+            for i, path in enumerate(paths.values()):
+                term = (q[i] - t[i]) ** 2
+                if name == "tmpo":
+                    normed = [(e["log_ratio"] + e["shift"] / (2 * e["c"] ** 2)) * e["c"] for e in path]
+                    w = min(max(math.exp(sum(normed).item() / len(path)), 0.7), 1.3)
+                    a, r = (t[i] - q[i]).item(), (changes[i] - centre).exp()
+                    term = w * torch.maximum(-a * r, -a * r.clamp(0.7, 1.3))
+                # an edge's weight times the mean over its paths: each path counts 1 / leaves on each of its edges
+                total = total + term * len(path) / made.leaves.shape[1]
+    return total / sum(e["weight"] for e in edges)
+
+
+@pytest.mark.parametrize("plan", ["straight", "uneven tree"])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_objective_has_the_gradient_of_its_loss(name, plan):
+    made = case(PLANS[plan])
+    trained = tuple(w.requires_grad_() for w in weights(made.policy))
+    loss = written_out(made, name, trained)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+    assert expected.abs().max() > 0
+    for micro_batch in (1, 7, 64):
+        mine, metrics, _ = made.mine(EVERY[name], micro_batch)
+        close(mine, expected)
+    assert metrics.result()["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    assert total_weight(made.batch, 0, EVERY[name]) == pytest.approx(made.batch.weight.sum().item())
+
+
+@pytest.mark.parametrize("name", ["guard", "dppo", "tmpo"])
+def test_on_policy_the_old_weights_need_no_forward_of_their_own(name, monkeypatch):
+    made = case(PLANS["uneven tree"], moved=0.0)
+    expected, first, used = made.mine(EVERY[name])
+    settings = UpdateSettings(1.0, 64, on_policy=True)
+    rows, predict = [], made.policy.predict
+    monkeypatch.setattr(made.policy, "predict", lambda *args: rows.append(len(args[0])) or predict(*args))
+    for _, parameter in made.policy.trainable():
+        parameter.grad = None
+    metrics, _ = accumulate_gradients(made.policy, made.batch, 0, EVERY[name], made.batch.weight.sum().item(), settings)
+    mine = torch.cat([p.grad.flatten() for _, p in made.policy.trainable()]).double()
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-7)
+    assert metrics.result() == pytest.approx(first.result(), rel=1e-5, abs=1e-7)
+    passes = 2 if EVERY[name].coupled else 1
+    assert sum(rows) == passes * used * forwards_per_row(EVERY[name], settings) == passes * used
+    rows.clear()
+    made.mine(EVERY[name])
+    assert sum(rows) == passes * used * forwards_per_row(EVERY[name], UpdateSettings(1.0, 64)) == 2 * passes * used
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("density", ["gaussian", "unscaled"])
+def test_the_shift_of_the_mean_fits_the_density(reduction, density):
+    """Guard's ratio is that of the noise, <eps (m - m_old)>, under each reduction and density."""
     made = case(PLANS["straight"])
-    names = set(made.mine(Clipped(CLIP))[1].result())
+    tree = made.batch.tree
+    other = samplers.Density("flow", reduction, density)
+    with torch.no_grad():
+        x, s, cond = tree.states.x[:], tree.states.s, made.batch.cond[tree.states.root]
+        with made.policy.weights("old"):
+            _, _, old = tree.mean(made.policy.predict(x, s, cond), slice(None))
+        _, _, now = tree.mean(made.policy.predict(x, s, cond), slice(None))
+        c = tree.edges.c.float()[:, None]
+        eps = (tree.edges.x_next[:] - old).flatten(1) / c
+        expected = eps * (now - old).flatten(1)
+        log_prob = other.log_prob(tree.edges.x_next[:], old, tree.edges.c)
+        tree = replace(tree, density=other, edges=replace(tree.edges, log_prob=log_prob))
+        batch = Batch(**{**vars(made.batch), "tree": tree})
+        rows = torch.arange(len(tree.states))
+        scalars = edge_scalars(made.policy, batch, rows, Guard(), UpdateSettings(1.0, 64))
+    log_ratio = Guard((0.9, 1e9))(scalars).metrics["ratio"].log()
+    expected = expected.sum(1) if reduction == "sum" else expected.mean(1)
+    torch.testing.assert_close(log_ratio, expected, rtol=2e-3, atol=2e-5)
+
+
+def test_paths_are_the_values_below_edges_that_are_in_the_loss():
+    made = case(PLANS["uneven tree"])
+    tree, weight = made.batch.tree, made.batch.weight.clone()
+    weight[::3] = 0.0  # pruned, though the leaves below have values
+    batch = Batch(**{**vars(made.batch), "weight": weight})
+    paths = edge_scalars(made.policy, batch, torch.arange(len(tree.states)), SoftmaxTB(), UpdateSettings(1.0, 64)).paths
+    for e in range(len(tree.edges)):
+        below = [int(tree.edges.node[e]) in reference.ancestors(tree.plan, leaf) for leaf in tree.plan.leaves]
+        root = int(tree.edges.root[e])
+        expected = [made.leaves[root, n].item() if b and weight[e] > 0 else math.nan for n, b in enumerate(below)]
+        assert paths[e].tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_what_an_objective_needs_must_be_there():
+    made = case(PLANS["straight"])
+    for name, objective in {"leaf_advantage": SoftmaxTB(), "progress": Supervised(Clipped())}.items():
+        batch = Batch(**{**vars(made.batch), name: None})
+        with pytest.raises(ValueError, match=rf"Batch\.{name}"):
+            accumulate_gradients(made.policy, batch, 0, objective, 1.0, UpdateSettings(1.0, 8))
+
+
+def test_states_that_imitate_are_used_though_their_advantage_is_zero():
+    made = case(PLANS["binary tree"])
+    batch = Batch(**{**vars(made.batch), "advantage": torch.zeros_like(made.batch.advantage)})
+    assert len(active_states(batch, 0, Clipped())) == 0
+    used = active_states(batch, 0, Supervised(Clipped()))
+    imitating = made.batch.tree.edges.state[(made.batch.progress.weight > 0) & (made.batch.weight > 0)].unique()
+    assert used.tolist() == imitating.tolist() and len(used) > 0
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_update_without_any_edge_names_the_same_metrics(name):
+    made = case(PLANS["straight"])
+    names = set(made.mine(EVERY[name])[1].result())
     empty = Batch(**{**vars(made.batch), "weight": torch.zeros_like(made.batch.weight)})
-    metrics, used = accumulate_gradients(made.policy, empty, 0, Clipped(CLIP), 1.0, UpdateSettings(1.0, 8))
+    metrics, used = accumulate_gradients(made.policy, empty, 0, EVERY[name], 1.0, UpdateSettings(1.0, 8))
     assert used == 0 and set(metrics.result()) == names and metrics.result()["edges"] == 0
 
 

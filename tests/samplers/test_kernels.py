@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import samplers
+from samplers.kernels import SOLVERS, second_order
 
 SD3 = [1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0]
 # std of every step on that schedule, as published (four digits)
@@ -17,7 +18,7 @@ STD = {
     ("cps", 0.8): [0.9131, 0.8686, 0.8157, 0.7517, 0.6727, 0.5727, 0.4421, 0.2644, 0.0085, 0.0],
     ("precise", 1.5): [0.9601, 0.8392, 0.7256, 0.6382, 0.5625, 0.4858, 0.3926, 0.2548, 0.0089, 0.0],
 }
-NOISY = [name for name in samplers.kernel_names() if name != "ode"]
+NOISY = [name for name in samplers.kernel_names() if name not in SOLVERS]
 SCHEDULES = {
     "sd3": samplers.sd3_sigmas(10),
     "sd3-40": samplers.sd3_sigmas(40),
@@ -153,6 +154,55 @@ def test_integrated_noise_does_not_depend_on_the_grid(three, kernel):
     assert rho(high, mid) * rho(mid, low) == pytest.approx(rho(high, low), abs=1e-7)
 
 
+# std of a step at the two ends of the schedule, d = s - s_next, as the kernels' table states
+AT_START = {
+    "flow": lambda u, h: h,
+    "dance": lambda u, h: h * math.sqrt(1 - u),
+    "cps": lambda u, h: u * math.sin(h * math.pi / 2),
+    "precise": lambda u, h: u if h > 0 else 0.0,
+    "dance_precise": lambda u, h: u * math.sqrt(1 - math.exp(-h * h * (1 - u) / u)),
+    "ddim": lambda u, h: h * u,
+    "consistency": lambda u, h: h * u,
+}
+AT_END = {"flow": lambda s, h: h * s / math.sqrt(1 - s), "dance": lambda s, h: h * math.sqrt(s)}
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.1, 1.0))
+@pytest.mark.parametrize("kernel", NOISY)
+def test_ends_of_the_schedule(kernel, time, level):
+    get = samplers.get_kernel(kernel).coefficients
+    assert get(1.0, time, level).c.item() == pytest.approx(AT_START[kernel](time, level), abs=1e-12)
+    assert get(1.0, time, 0.0).c.item() == 0
+    a, b, c = (float(t) for t in get(time, 0.0, level))
+    assert c == pytest.approx(AT_END[kernel](time, level) if kernel in AT_END else 0.0, abs=1e-12)
+    if kernel not in AT_END:  # the step is x0_hat
+        assert (a, b) == (1.0, -time)
+    assert all(math.isfinite(float(t)) for t in get(1.0, 0.0, level))
+
+
+@pytest.mark.parametrize("kernel", samplers.kernel_names())
+def test_densities(kernel):
+    """What a step without noise has none of."""
+    assert samplers.get_kernel(kernel).densities == (() if kernel in SOLVERS else ("gaussian", "unscaled"))
+
+
+@given(st.tuples(*[st.floats(0.02, 0.98)] * 3).map(sorted))
+def test_second_order_weight(three):
+    """k = d / s / (2 r0) with r0 = h_prev / h, as in the published update of DPM-Solver++ 2M."""
+    s_next, s, s_prev = three
+    if s - s_next < 1e-3 or s_prev - s < 1e-3:
+        return
+    lam = [math.log((1 - t) / t) for t in (s_prev, s, s_next)]
+    h_prev, h = lam[1] - lam[0], lam[2] - lam[1]
+    alpha = 1 - s_next
+    published = -alpha * math.expm1(-h) * 0.5 / (h_prev / h)  # times (D0 - D1)
+    assert float(second_order(s_prev, s, s_next)) == pytest.approx(published, rel=1e-9)
+    assert float(second_order(1.0, s, s_next)) == float(second_order(s_prev, s, 0.0)) == 0
+    for bad in ((s, s_prev, s_next), (s_prev, s_next, s), (1.1, s, s_next), (s_prev, s, -0.1)):
+        with pytest.raises(ValueError, match="expected 1 >= s_prev > s > s_next >= 0"):
+            second_order(*bad)
+
+
 def test_dance_precise_is_dance_on_a_fine_grid():
     fine = samplers.get_kernel("dance_precise").coefficients(0.5, 0.5 - 1e-6, 0.3).c.item()
     assert fine == pytest.approx(0.3 * math.sqrt(1e-6), rel=1e-4)
@@ -160,11 +210,11 @@ def test_dance_precise_is_dance_on_a_fine_grid():
 
 def final_std(sigmas, kernel, level, data_std):
     """Exact std of the final latent when x0 ~ N(0, data_std^2) and the model is optimal (v linear in x)."""
-    variance = 1.0
-    for s, s_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-        slope = (s - (1 - s) * data_std**2) / ((1 - s) ** 2 * data_std**2 + s**2)  # v = slope x
-        a, b, c = (float(t) for t in samplers.get_kernel(kernel).coefficients(s, s_next, level))
-        variance = (a + b * slope) ** 2 * variance + c**2
+    s, variance = sigmas[:-1], 1.0
+    slope = (s - (1 - s) * data_std**2) / ((1 - s) ** 2 * data_std**2 + s**2)  # v = slope x
+    a, b, c = samplers.get_kernel(kernel).coefficients(s, sigmas[1:], level)
+    for factor, noise in zip((a + b * slope).tolist(), c.tolist(), strict=True):
+        variance = factor**2 * variance + noise**2
     return math.sqrt(variance)
 
 
@@ -191,6 +241,38 @@ def test_final_std_of_unit_data(kernel, level, expected):
     assert final_std(SCHEDULES["sd3-40"], kernel, level, 1.0) == pytest.approx(expected, abs=0.00051)
 
 
+STEPS = (160, 640, 2560)
+# weak order of the final std in 1 / steps. flow's first step has std h however short it is: its error is forgotten as
+# steps^(-h^2) only. dance_precise forgets all near s = 0.
+ORDERS = {"ode": 1.0, "dance": 1.0, "precise": 1.0, "ddim": 1.0}
+
+
+@pytest.mark.parametrize("data_std", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("kernel", [name for name in samplers.kernel_names() if name != "ode2"])
+def test_limit_of_many_steps(kernel, data_std):
+    """All kernels reach the data's true std as steps are added, but those whose noise per step does not shrink."""
+    level = samplers.get_kernel(kernel).default_level
+    errors = [final_std(samplers.linear_shift_sigmas(n, 3.0), kernel, level, data_std) - data_std for n in STEPS]
+    if kernel in ("cps", "consistency"):
+        assert errors[-1] < -0.09 * data_std and abs(errors[-1]) > 0.85 * abs(errors[-2])
+        return
+    assert abs(errors[-1]) < 0.004
+    if kernel in ORDERS and data_std > 0.1:
+        assert math.log(errors[-2] / errors[-1], 4) == pytest.approx(ORDERS[kernel], abs=0.06)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_consistency_function_is_exact_for_any_number_of_steps(steps):
+    """With x0_hat the end of the ODE through x (here x data_std / std_s), re-noising keeps every marginal."""
+    data_std, variance = 0.5, 1.0
+    grid = samplers.linear_shift_sigmas(steps, 3.0).tolist()
+    for s, s_next in zip(grid[:-1], grid[1:], strict=True):
+        slope = (1 - data_std / math.sqrt((1 - s) ** 2 * data_std**2 + s**2)) / s  # v = (x - x0_hat) / s
+        a, b, c = (float(t) for t in samplers.get_kernel("consistency").coefficients(s, s_next))
+        variance = (a + b * slope) ** 2 * variance + c**2
+        assert variance == pytest.approx((1 - s_next) ** 2 * data_std**2 + s_next**2)
+
+
 @pytest.mark.parametrize("level", [-0.1, 1.1, math.nan, math.inf])
 @pytest.mark.parametrize("kernel", ["cps", "ddim", "consistency"])
 def test_bounded_kernels_refuse_levels_outside(kernel, level):
@@ -200,7 +282,7 @@ def test_bounded_kernels_refuse_levels_outside(kernel, level):
 
 def test_bad_input():
     flow = samplers.get_kernel("flow")
-    with pytest.raises(ValueError, match="got kernel 'flwo'; expected one of ode, flow"):
+    with pytest.raises(ValueError, match="got kernel 'flwo'; expected one of ode, ode2, flow"):
         samplers.get_kernel("flwo")
     with pytest.raises(ValueError, match="level -0.1"):
         flow.coefficients(0.5, 0.4, -0.1)

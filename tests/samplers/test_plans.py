@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import samplers
 from samplers import Cost, Plan, PlanBuilder
+from samplers.levels import constant
 from samplers.plans import sliding_tree, straight, tree
 
 steps_and_branches = st.integers(1, 8).flatmap(
@@ -32,8 +33,12 @@ def test_flow_grpo_trains_nine_of_ten():
 def test_binary_tree_of_depth_four():
     plan = sliding_tree(grid(10), (0, 4))
     cost = plan.cost()
-    assert (cost.training_forwards, cost.images) == (15, 16)
-    assert sum(plan.trained) == 30  # one forward per edge would be 30, independent trajectories 64, Flow-GRPO 144
+    assert cost.images == 16
+    assert cost.training_forwards == 15  # one per parent node, shared by its edges
+    assert plan.trained_edges == 30  # one per edge
+    assert plan.independent_cost().training_forwards == 64  # 16 paths over the window
+    assert (straight(samplers.sd3_sigmas(10)).cost() * 16).training_forwards == 144  # Flow-GRPO's nine steps
+    assert plan.independent_cost() == Cost(160, 64, 64, 16) and plan.roots(48) == 3
 
 
 # sampling calls and training forwards per image, from the published codes
@@ -173,7 +178,19 @@ def test_messages_of_bad_plans():
         (lambda: straight(sigmas, noisy=[-1]), r"noisy steps \[-1\]"),
         (lambda: tree(sigmas, {9: 2}), r"branch_at steps \[9\]"),
         (lambda: tree(sigmas, {1: 0}), "0 children at step 1; expected at least 1"),
-        (lambda: tree(sigmas, {1: 2}, noisy=[0]), "equal children without noise below node 1"),
+        (
+            lambda: tree(sigmas, {1: 2}, noisy=[0]),
+            r"equal children without noise below node 1 \(kernel 'ode', s = 0.9000 to 0.7500\)",
+        ),
+        (lambda: tree(sigmas, {3: 2}, "cps", last_step_noise=True), r"kernel 'cps', s = 0.5000 to 0.0000"),
+        (lambda: tree(grid(40), dict.fromkeys(range(30), 2)), "1073741824 leaves per root .* at most 1024"),
+        (lambda: sliding_tree(sigmas, (0, 3), max_leaves=7), "8 leaves per root .* at most 7.* raise max_leaves"),
+        (lambda: straight(sigmas, level=constant("cps")), "levels for kernel 'cps'; expected levels for 'flow'"),
+        (lambda: straight(sigmas, solver="ode3"), "solver 'ode3'; expected one of"),
+        (lambda: straight(sigmas, "ode2", trained=[0]), "without noise; expected noise on trained edges"),
+        (lambda: sliding_tree(sigmas, (0, 3), level=constant("flow"), growth=1), "growth 1 beside a level function"),
+        (lambda: sliding_tree(sigmas, (0, 2)).roots(6), "group size 6; expected a multiple of 4"),
+        (lambda: sliding_tree(sigmas, (0, 2)).roots(0), "group size 0; expected a multiple of 4"),
         (lambda: sliding_tree(sigmas, (2, 6)), r"window \(2, 6\); expected 0 <= start < end <= 4"),
         (lambda: straight(sigmas, "flwo"), "got kernel 'flwo'"),
         (lambda: straight(sigmas, "cps", 1.5), "kernel 'cps' got noise level"),
@@ -214,8 +231,10 @@ def test_levels():
         [0, 0, 0.6, 0.675, 0.75, 0.825, 0, 0]
     )
     seen = []
-    tree(grid(4), {0: 2, 2: 2}, level=lambda step, branchings: seen.append((step, branchings)) or 0.5)
+    tree(grid(4), {0: 2, 2: 1}, level=lambda step, depth: seen.append((step, depth)) or 0.5, last_step_noise=True)
     assert seen == [(0, 0), (1, 1), (2, 1), (3, 2)]
+    tree(grid(4), {0: 2, 2: 1}, level=lambda step, depth: seen.append((step, depth)) or 0.5, noisy=[0, 2], trained=[0])
+    assert seen[4:] == [(0, 0), (2, 1)]  # asked for noisy steps only
     assert straight(grid(4), "cps").level[1] == 0.8  # the kernel's default
 
 
@@ -232,6 +251,27 @@ def test_drawing():
         "   ── ode x1 → 0.0000",
     ]
     assert straight(samplers.sd3_sigmas(10)).draw().split("\n")[1] == "── flow 0.7* x9 → 0.0089"
+
+
+def test_compact_drawing_and_cost():
+    plan = sliding_tree(samplers.sd3_sigmas(10), (1, 3), branch=3, level=0.5, growth=1.0)
+    assert plan.describe(2).split("\n") == [
+        "s 1.0000",
+        "── ode x1 → 0.9601",
+        "└─ 3 of flow 0.5* x1 → 0.9133",
+        "   └─ 3 of flow 0.75* x1 → 0.8577",
+        "      ── ode x7 → 0.0000",
+        "2 roots, 18 images, 8.00 calls per image",  # 2 (1 + 1 + 3 + 7 x 9) = 136 and 2 (1 + 3) = 8
+        "sampling: 136 calls (180 as independent trajectories)",
+        "training: 8 forwards for 24 edges (36 as independent trajectories)",
+    ]
+    alone = straight(samplers.sd3_sigmas(4), "ode2", 0.0)
+    assert alone.describe().split("\n")[1:] == [
+        "── ode2 x4 → 0.0000",
+        "1 root, 1 image, 4.00 calls per image",
+        "sampling: 4 calls",
+        "training: 0 forwards for 0 edges",
+    ]
 
 
 def test_plans_are_values():
