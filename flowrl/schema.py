@@ -75,9 +75,86 @@ class PromptConfig(Section):
 
 
 class Window(Section):
-    size: Positive = Field(2, description="number of consecutive steps with noise, drawn anew for each update")
+    size: Positive = Field(2, description="number of consecutive steps with noise and training; ODE elsewhere")
     low: Count = Field(0, description="first step at which the window may start")
     high: Positive | None = Field(None, description="the window ends before this step; null: half of the steps")
+    move: Literal["random", "progressive", "frozen"] = Field(
+        "random", description="drawn anew for each update; from low towards high; or always at low"
+    )
+    every: Positive = Field(25, description="updates at one position (progressive); MixGRPO 25, TreeGRPO 50")
+    stride: Positive = Field(1, description="steps between two positions (progressive)")
+    at_end: Literal["restart", "stop"] = Field("restart", description="after the last position (progressive)")
+    decay: float = Field(0.0, ge=0.0, description="shortens the stay at late steps, exponentially; MixGRPO has 0.1")
+    decay_from: Count = Field(13, description="first step whose stay is shorter; MixGRPO has 13 of 25")
+
+
+class RewardDriven(Section):
+    rise: float = Field(0.3, ge=0.0, description="relative rise at success 0")
+    fall: float = Field(0.2, ge=0.0, lt=1.0, description="relative fall at success 1")
+    low: float = Field(0.2, ge=0.0, description="least level")
+    high: float = Field(1.0, gt=0.0, description="largest level")
+    memory: float = Field(
+        0.9,
+        ge=0.0,
+        lt=1.0,
+        description="success = moving average of (mean - worst) / (best - worst) of the update's rewards",
+    )
+
+
+class Levels(Section):
+    shape: Literal["constant", "growth", "cosine", "splits"] = Field(
+        "constant", description="level by step and depth: rollout.level, growing with depth, falling, or one per split"
+    )
+    growth: float = Field(0.5, gt=-1.0, description="growth: level (1 + growth depth / splits); below 0 it falls")
+    low: float = Field(0.2, ge=0.0, description="cosine: level towards which rollout.level falls")
+    values: list[float] | None = Field(None, min_length=1, description="splits: one level per split, first split first")
+    equal_budget: bool = Field(
+        False,
+        description="rescale to the sum of squared levels that the constant rollout.level has over the same steps",
+    )
+    reward_driven: RewardDriven | None = Field(
+        None, description="then more noise while rewards are low, less when they are high"
+    )
+
+
+class TreeConfig(Section):
+    branch: Positive | list[Positive] = Field(2, description="children at every split, or one number per split")
+    at: list[Count] | None = Field(None, min_length=1, description="steps that split; null: those of rollout.window")
+    noise: Literal["all", "splits"] = Field(
+        "all", description="with `at`: noise and training on all trained steps, or only where the tree splits"
+    )
+    promote: Count | None = Field(
+        None,
+        description="a first split at this step or before it becomes roots with noise of their own (noise: splits)",
+    )
+    moves_to: list[Count] | None = Field(None, description="the splits move from `at` to these steps; null: they stay")
+    moves_over: Positive | None = Field(None, description="updates of that move; null: all")
+    untrained_depths: list[Positive] | None = Field(
+        None, min_length=1, description="depths whose edges are not trained; depth 1 is the end of the first step"
+    )
+    depths_every: Positive = Field(30, description="updates after which those depths move up by one")
+    depths_stop: Positive | None = Field(None, description="least depth that they reach; null: they stay")
+
+
+class TrunkConfig(Section):
+    at: list[Count] = Field(min_length=1, description="steps of the ODE trunk at which branches leave it")
+    branches: Positive = Field(6, description="branches of one noisy step each, per listed step")
+    strides: list[Positive] = Field(
+        [1], min_length=1, description="each branch is finished once per stride, on every stride-th remaining time"
+    )
+    finish: bool = Field(False, description="lead the trunk to the data too: one image more, which is not trained")
+
+
+class ForkConfig(Section):
+    branches: Annotated[int, Field(ge=2)] = Field(5, description="children of the fork")
+    first: Annotated[int, Field(ge=2)] = Field(description="last steps that are trained, at the start of the run")
+    last: Annotated[int, Field(ge=2)] = Field(description="last steps that are trained, at its end")
+    over: Positive | None = Field(None, description="updates of that growth; null: all")
+
+
+class TailConfig(Section):
+    fraction: Share = Field(0.4, description="the n noise-free steps that end a path become round(fraction n)")
+    solver: Literal["ode", "ode2"] = Field("ode2", description="Euler, or DPM-Solver++ 2M")
 
 
 class RolloutConfig(Section):
@@ -92,10 +169,17 @@ class RolloutConfig(Section):
         description="noise level; 0 is the ODE and cannot be trained; null: the published one of the kernel (flow 0.7, "
         "dance and dance_precise 0.3, cps 0.8, precise 1.5, ddim and consistency 1)",
     )
+    levels: Levels = Field(default_factory=Levels, description="how the level depends on step and depth")
     reduction: Reduction = Field("mean", description="log-probability: mean or sum over latent elements")
     density: DensityName = Field("gaussian", description="gaussian, or unscaled (without the factor 1 / (2 c^2))")
     train_fraction: Share = Field(0.99, description="share of leading steps that is trained; the last one never is")
-    window: Window | None = Field(None, description="noise and training only in a random window, ODE elsewhere")
+    window: Window | None = Field(None, description="noise and training only in a window of steps, ODE elsewhere")
+    tree: TreeConfig | None = Field(None, description="a tree over the window, or over listed steps")
+    trunk: TrunkConfig | None = Field(None, description="an ODE trunk with SDE branches (TempFlow, Granular-GRPO)")
+    fork: ForkConfig | None = Field(None, description="one fork, from which on steps are trained (B2-DiffuRL)")
+    solver: Literal["ode", "ode2"] = Field("ode", description="of steps without noise: Euler, or DPM-Solver++ 2M")
+    tail: TailConfig | None = Field(None, description="a coarser way from the last noise to the image (MixGRPO-Flash)")
+    max_leaves: Positive = Field(1024, description="most images of one root; a typing error must not fill the memory")
     shared_noise: bool = Field(False, description="all images of a group start from the same noise")
     chunk: Positive = Field(64, description="rows per model call; halved by itself when memory runs out")
 
@@ -113,11 +197,37 @@ class RolloutConfig(Section):
 
 
 class AdvantageConfig(Section):
-    std: Literal["global", "prompt", "none"] = Field(
-        "global", description="divide by the standard deviation of all samples of the update, of the prompt, or not"
+    std: Literal["global", "prompt", "none", "history"] = Field(
+        "global",
+        description="divide by the standard deviation of all samples of the update, of the prompt, or not; history: "
+        "mean and deviation of the prompt's rewards in this update and `updates` before it (B2-DiffuRL)",
     )
     clip: float | None = Field(5.0, gt=0.0, description="bound on |advantage|; null: none")
     eps: float = Field(1e-4, ge=0.0, description="added to the standard deviation")
+    updates: Count = Field(8, description="history: earlier updates that are remembered")
+
+
+class CreditConfig(Section):
+    rule: Literal["leaf_mean", "sibling", "path", "path_average", "depth_z_score"] = Field(
+        "leaf_mean", description="from the advantages of leaves to those of edges, see flowrl/credit.py"
+    )
+    weights: Literal["share", "one"] = Field(
+        "share", description="weight of an edge in the loss: its share of the root's leaves, or 1 (published)"
+    )
+    steps: Literal["noise"] | list[float] | None = Field(
+        None, description="weight of the policy term by step: its noise (TempFlow-GRPO), or one number per step"
+    )
+    scope: Literal["tree", "prompt"] = Field("tree", description="depth_z_score: compare within a tree, or a prompt")
+    shrink: float = Field(0.0, ge=0.0, description="depth_z_score: degrees of freedom lent from all leaves; 0 is raw")
+    floor: float = Field(0.0, ge=0.0, description="depth_z_score: least standard deviation")
+    ddof: Literal[0, 1] = Field(1, description="depth_z_score: 1 sample, 0 population standard deviation")
+    select: Literal["better_half", "extremes", "top_bottom", "branch_best_worst"] | None = Field(
+        None,
+        description="leaves whose paths are trained: the better half of each last split, the best and worst of each "
+        "tree, of each prompt (DanceGRPO), or of each fork if good and bad enough (B2-DiffuRL); null: all",
+    )
+    fraction: float = Field(0.25, gt=0.0, le=0.5, description="extremes, top_bottom: share of leaves at each end")
+    threshold: float = Field(0.5, ge=0.0, description="branch_best_worst: least |advantage| of a chosen leaf")
 
 
 class KL(Section):
@@ -135,11 +245,78 @@ class MeasuredWith(Section):
     density: DensityName = Field("gaussian", description="density the numbers were chosen for")
 
 
+class AdaptiveClip(Section):
+    max: float = Field(gt=0.0, lt=1.0, description="lower bound that paths of high reward approach")
+    max_high: float | None = Field(None, gt=0.0, description="upper bound that they approach; null: same as max")
+    sensitivity: float = Field(1.0, description="how fast; below 0 bad paths get the wide bounds")
+
+
+class GuardOptions(Section):
+    ratio_norm: bool = Field(True, description="centre and scale the log-ratio of every step")
+    reweight: Literal["jacobian", "step", "none"] = Field(
+        "jacobian", description="divide the policy term by |b| = |dm/dv|, by the step length (released code), or not"
+    )
+
+
+class DppoOptions(Section):
+    threshold: float = Field(1e-5, gt=0.0, description="a step whose policy has moved further drops out")
+
+
+class TmpoOptions(Section):
+    beta: float = Field(15.0, gt=0.0, description="sharpness of the target softmax(beta reward)")
+    form: Literal["clipped", "squared"] = Field(
+        "clipped", description="clipped: as released; squared: the paper's loss"
+    )
+    guard: bool = Field(True, description="GRPO-Guard's weights on the clipped form")
+
+
+class NftOptions(Section):
+    beta: float = Field(1.0, gt=0.0, description="how far the two matched velocities are from the sampling one")
+    advantage_clip: float = Field(5.0, gt=0.0, description="advantage of an image that counts as wholly good")
+    times: Positive | None = Field(None, description="times per image that are trained; null: all of the schedule")
+    time_fraction: Share = Field(0.99, description="share of the schedule's times, from noise on, that is used")
+    decay_rate: float = Field(
+        0.001,
+        ge=0.0,
+        description="the sampling weights keep min(decay_rate n, decay_max) of themselves after n updates",
+    )
+    decay_max: Rate = Field(0.5, description="most that they keep")
+
+
+class LayerTuningConfig(Section):
+    weight: float = Field(0.1, ge=0.0, description="weight of the supervised term (the published value is unknown)")
+    target: Literal["image", "velocity"] = Field(
+        "image",
+        description="v* = (x_s - best image) / s, or the best path's own velocity (published; no gradient on it)",
+    )
+    states: Literal["path", "all"] = Field("path", description="states that imitate: of the best path, or of its tree")
+    weighting: Literal["progress", "uniform"] = Field("progress", description="layers count by the progress made there")
+    best: Literal["group", "tree"] = Field("group", description="one image to imitate per prompt, or per tree")
+    floor: float | Literal["mean"] | None = Field(
+        "mean", description="least reward worth imitating: a number, the mean of the update, or null for none"
+    )
+    decay: Positive | None = Field(None, description="updates over which the weight falls to 0; null: it stays")
+
+
 class ObjectiveConfig(Section):
-    name: Literal["clipped"] = Field("clipped", description="the loss; clipped is PPO's clipped ratio, as in Flow-GRPO")
+    name: Literal["clipped", "guard", "dppo", "tmpo", "nft"] = Field(
+        "clipped",
+        description="the loss: PPO's clipped ratio (Flow-GRPO), GRPO-Guard, Flow-DPPO, TMPO's trajectory balance, or "
+        "DiffusionNFT on finished images",
+    )
     clip_range: float = Field(1e-4, gt=0.0, lt=1.0, description="the ratio is clipped below at 1 - clip_range")
     clip_range_high: float | None = Field(
         None, gt=0.0, description="the ratio is clipped above at 1 + this; null: same as clip_range"
+    )
+    adaptive_clip: AdaptiveClip | None = Field(
+        None, description="clipped: bounds that widen with the advantage (Dynamic-TreeRPO)"
+    )
+    guard: GuardOptions | None = Field(None, description="settings of guard; null: its defaults")
+    dppo: DppoOptions | None = Field(None, description="settings of dppo; null: its defaults")
+    tmpo: TmpoOptions | None = Field(None, description="settings of tmpo; null: its defaults")
+    nft: NftOptions | None = Field(None, description="settings of nft; null: its defaults")
+    layer_tuning: LayerTuningConfig | None = Field(
+        None, description="imitation of the best path inside the loss (Dynamic-TreeRPO's LayerTuning-RL)"
     )
     kl: KL = Field(default_factory=KL, description="penalty on leaving the reference")
     guidance: float | None = Field(
@@ -193,6 +370,9 @@ class EvalConfig(Section):
     height: Pixels | None = Field(None, description="image height in pixels; null: what the pipeline was made for")
     width: Pixels | None = Field(None, description="image width in pixels; null: what the pipeline was made for")
     every: Count = Field(0, description="evaluate every N updates; 0: only before the first and after the last")
+    every_s: float | None = Field(
+        None, gt=0.0, description="evaluate whenever so many seconds were trained; null: do not"
+    )
     rewards: RewardSpec = Field(
         default_factory=lambda: {"shapes": 1.0}, description="what is reported; any form that reward takes"
     )
@@ -246,11 +426,18 @@ class Config(Section):
         description="a name, module:attribute, or a mapping of names to weights or to {weight:, option: ...}"
     )
     prompts: PromptConfig = Field(description="the prompts that are trained on")
+    budget_s: float | None = Field(
+        None, gt=0.0, description="end after so many seconds of training, evaluation not counted; null: only by updates"
+    )
+    clock: Literal["wall", "cpu"] = Field(
+        "wall", description="seconds of budget_s and eval.every_s: on the wall, or of this process's CPU time"
+    )
     updates: Positive = Field(description="number of rollouts, each followed by inner_updates optimizer steps")
     prompts_per_update: Positive = Field(description="prompts (groups) per update over all processes")
     group_size: Annotated[int, Field(ge=2)] = Field(description="images per prompt; 8 to 32")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="how images are drawn while training")
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig, description="from rewards to advantages")
+    credit: CreditConfig = Field(default_factory=CreditConfig, description="from the leaves of a tree to its edges")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="from advantages to a loss")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="from the loss to new weights")
     ema: EMAConfig | None = Field(None, description="moving average of the weights, which is what gets exported")
