@@ -16,16 +16,17 @@ ratios and their quartiles.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,16 +36,17 @@ from flowrl.config import Config, load_config
 from flowrl.distributed import World
 from flowrl.errors import UserError
 from flowrl.objectives import get_objective
+from flowrl.planning import make_plan
 from flowrl.policies import PipelinePolicy, load_policy
 from flowrl.policies.weights import LoraSettings
 from flowrl.prompts import load_prompts
 from flowrl.state import State
-from flowrl.trainer import make_plan
 from flowrl.update import Batch, RootConditioning, UpdateSettings, accumulate_gradients
 
 TARGETS = {"rollout": 1.10, "update": 1.15}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-ROWS = 8  # batches are multiples of this: policies pad to it, and a padded row would count for the bare side too
+ROWS = 8  # policies pad small batches to a multiple of it
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,31 @@ class Ratio:
 class Bench:
     """A recipe's rollout and update, and the bare calls that they are made of, on batches of one size.
 
-    config: a run's. policy: its policy. batch: rows per model call, a multiple of 8. images: of one rollout; default
-    the recipe's.
+    config: a run's, of trajectories or of trees. policy: its policy. batch: most rows per model call, a multiple of 8.
+    images: of one rollout, a multiple of the leaves of a root; default the recipe's. The bare calls have the rows that
+    the plan counts: without those that the policy adds to a small batch.
     """
 
     def __init__(self, config: Config, policy: PipelinePolicy, batch: int, images: int | None = None) -> None:
         images = images or config.prompts_per_update * config.group_size
-        if batch < ROWS or batch % ROWS or images % ROWS:
+        if batch < ROWS or batch % ROWS:
             raise UserError(
-                f"got batch {batch} and {images} images; expected multiples of {ROWS}, the rows that policies pad to; "
-                "change --batches or --images"
+                f"got batch {batch}; expected a multiple of {ROWS}, the rows that policies pad to; change --batches"
             )
         self.config, self.policy, self.batch = config, policy, batch
         self.shape = policy.latent_shape(config.rollout.height, config.rollout.width)
-        self.plan = make_plan(config, policy, 0)
+        self.plan = make_plan(
+            config, policy.sigmas(config.rollout.steps, config.rollout.height, config.rollout.width), 0
+        )
         groups = max(1, images // config.group_size)
         texts = [prompt.text for prompt in load_prompts(**config.prompts.model_dump())[:groups]]
-        self.group = torch.arange(images) * len(texts) // images
+        roots, rest = divmod(images, len(self.plan.leaves))
+        if roots < 1 or rest:
+            raise UserError(
+                f"got {images} images; expected a multiple of {len(self.plan.leaves)}, the leaves of a root; "
+                "change --images"
+            )
+        self.group = torch.arange(roots) * len(texts) // roots
         self.cond = RootConditioning(policy.encode(texts), self.group)
         self.keys = [samplers.Key(config.seed, "overhead", 0, int(g), 0, k) for k, g in enumerate(self.group)]
         self.objective = get_objective(
@@ -92,14 +102,23 @@ class Bench:
         self.settings = UpdateSettings(config.rollout.guidance, batch, config.objective.kl.form)
         self.state = State.create(config, policy)
         self.world = World(0, 1, policy.device)
-        self.tree = self.rollout()
-        edges = len(self.tree.edges)
+        self._train_on(self.rollout())
+
+    def with_tree(self, tree: samplers.Tree) -> Bench:
+        """The same bench, whose updates train on this tree instead of its first rollout."""
+        other = copy.copy(self)
+        other._train_on(tree)
+        return other
+
+    def _train_on(self, tree: samplers.Tree) -> None:
+        self.tree = tree
+        edges = len(tree.edges)
         advantage = torch.randn(edges, generator=torch.Generator().manual_seed(0))
-        part = (self.group % config.optimizer.inner_updates)[self.tree.states.root]
-        self.data = Batch(self.tree, self.cond, advantage, torch.ones(edges), self.group, part)
+        part = (self.group % self.config.optimizer.inner_updates)[tree.states.root]
+        self.data = Batch(tree, self.cond, advantage, torch.ones(edges), self.group, part)
         micro = itertools.chain.from_iterable(self._micro_batches(inner) for inner in self._inner())
         self.micro_batches = tuple(micro)
-        sizes = {*self.tree.calls, *self.micro_batches}
+        sizes = {*tree.calls, *self.micro_batches}
         self.inputs = {size: self._capture(size) for size in sorted(sizes)}
 
     def rollout(self) -> samplers.Tree:
@@ -117,13 +136,16 @@ class Bench:
     def update(self) -> None:
         """One update on the first rollout, optimizer steps included."""
         for inner in self._inner():
-            self.state.optimizer.zero_grad(set_to_none=True)
-            weight = float((self.data.part[self.tree.edges.state] == inner).sum())
-            found, _ = accumulate_gradients(
-                self.policy, self.data, inner, self.objective, weight, self.settings, scale=self.state.scaler.scale
-            )
+            loss = self._accumulate(inner)
             parameters = [parameter for _, parameter in self.policy.trainable()]
-            self.state.step(self.config, self.policy, parameters, self.world, loss=found.loss)
+            self.state.step(self.config, self.policy, parameters, self.world, loss=loss)
+            self._clear()
+
+    def gradients(self) -> None:
+        """The same without optimizer steps."""
+        for inner in self._inner():
+            self._accumulate(inner)
+        self._clear()
 
     @torch.no_grad()
     def bare_rollout(self) -> None:
@@ -135,6 +157,16 @@ class Bench:
         """The network calls of `update` with their backward passes."""
         for size in self.micro_batches:
             self._call(size).float().mean().backward()
+        self._clear()
+
+    def _accumulate(self, inner: int) -> float:
+        weight = float((self.data.part[self.tree.edges.state] == inner).sum())
+        found, _ = accumulate_gradients(
+            self.policy, self.data, inner, self.objective, weight, self.settings, scale=self.state.scaler.scale
+        )
+        return found.loss
+
+    def _clear(self) -> None:
         for _, parameter in self.policy.trainable():
             parameter.grad = None
 
@@ -151,7 +183,7 @@ class Bench:
 
     @torch.no_grad()
     def _capture(self, size: int) -> dict[str, Any]:
-        """What the policy hands to its network for `size` rows."""
+        """What the policy hands to its network for `size` rows, without the rows that it adds to them."""
         seen: list[dict[str, Any]] = []
         handle = self.policy.network.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
@@ -164,7 +196,13 @@ class Bench:
             )
         finally:
             handle.remove()
-        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in seen[0].items()}
+        rows_sent = size * self.policy.calls(self.settings.guidance)
+        return {
+            name: value.detach()[: None if name.endswith("_ids") else rows_sent]  # ids of places: all rows share them
+            if isinstance(value, Tensor)
+            else value
+            for name, value in seen[0].items()
+        }
 
 
 def measure(
@@ -178,6 +216,25 @@ def measure(
 ) -> dict[int, dict[str, Ratio]]:
     """Ratios of rollout and update for each batch size. One round of everything runs before the first measurement."""
     benches = [Bench(config, policy, batch, images) for batch in batches]
+    runs: dict[tuple[int, str, str], Callable[[], object]] = {}
+    for bench in benches:
+        runs[bench.batch, "rollout", "ours"], runs[bench.batch, "rollout", "bare"] = bench.rollout, bench.bare_rollout
+        runs[bench.batch, "update", "ours"], runs[bench.batch, "update", "bare"] = bench.update, bench.bare_update
+    times = interleaved(runs, repeats, policy, clock)
+    return {
+        bench.batch: {
+            what: Ratio(times[bench.batch, what, "ours"], times[bench.batch, what, "bare"])
+            for what in ("rollout", "update")
+        }
+        for bench in benches
+    }
+
+
+def interleaved(
+    runs: Mapping[K, Callable[[], object]], repeats: int, policy: PipelinePolicy, clock: str = "wall"
+) -> dict[K, tuple[float, ...]]:
+    """Seconds of each run in each repeat. The order is turned round every time, so that neither of two neighbours is
+    always first; one round of everything comes before the first measurement."""
 
     def seconds(run: Callable[[], object]) -> float:
         _wait(policy)
@@ -186,22 +243,11 @@ def measure(
         _wait(policy)
         return CLOCKS[clock]() - start
 
-    times: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    rounds = []
     for repeat in range(repeats + 1):
-        for bench in benches:
-            for what, ours, bare in (
-                ("rollout", bench.rollout, bench.bare_rollout),
-                ("update", bench.update, bench.bare_update),
-            ):
-                order: list[Callable[[], object]] = [ours, bare] if repeat % 2 else [bare, ours]
-                taken = {run: seconds(run) for run in order}  # neither side always runs first
-                if repeat:
-                    times.setdefault((bench.batch, what), []).append((taken[ours], taken[bare]))
-    found: dict[int, dict[str, Ratio]] = {}
-    for (batch, what), pairs in times.items():
-        ours_s, bare_s = zip(*pairs, strict=True)
-        found.setdefault(batch, {})[what] = Ratio(ours_s, bare_s)
-    return found
+        names = list(runs) if repeat % 2 else list(reversed(runs))
+        rounds.append({name: seconds(runs[name]) for name in names})
+    return {name: tuple(taken[name] for taken in rounds[1:]) for name in runs}
 
 
 def _wait(policy: PipelinePolicy) -> None:

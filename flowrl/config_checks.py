@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from flowrl.schema import Config, RewardSpec
 
+MOST_UPDATES = 20_000  # whose plans are checked; beyond them only the far end of a curriculum could be wrong
+
 
 class Problem(NamedTuple):
     """One thing that is wrong: the dotted names it involves and a message (got, expected, how to fix)."""
@@ -20,9 +22,10 @@ class Problem(NamedTuple):
 def problems(config: Config, processes: int = 1) -> Iterator[Problem]:
     """All impossible combinations in a config that is to run on `processes` processes."""
     yield from _groups(config, processes)
-    yield from _steps(config)
-    yield from _kernel(config)
+    found = [*_steps(config), *_kernel(config), *_structure(config)]
+    yield from found or _plans(config)  # a plan would only repeat them
     yield from _objective(config)
+    yield from _options(config)
     yield from _policy(config)
     yield from _evaluation(config)
     yield from _rewards(config)
@@ -92,11 +95,13 @@ def _kernel(config: Config) -> Iterator[Problem]:
     from samplers.kernels import get_kernel  # imported late: it brings torch
 
     rollout = config.rollout
+    if config.objective.name == "nft" and rollout.kernel == "ode":
+        return  # it learns from finished images, however they came about
     if rollout.kernel == "ode":
         yield Problem(
-            ("rollout.kernel",),
+            ("rollout.kernel", "objective.name"),
             "rollout.kernel is 'ode', which draws no noise and so has nothing to train; "
-            "expected a kernel with noise; set rollout.kernel=flow",
+            "expected a kernel with noise, or objective nft; set rollout.kernel=flow",
         )
         return
     kernel = get_kernel(rollout.kernel)
@@ -121,11 +126,99 @@ def _kernel(config: Config) -> Iterator[Problem]:
         )
 
 
+def _structure(config: Config) -> Iterator[Problem]:
+    """Settings of one structure that make no sense beside those of another."""
+    r = config.rollout
+    given = [name for name in ("tree", "trunk", "fork") if getattr(r, name) is not None]
+    if len(given) > 1:
+        yield Problem(
+            tuple(f"rollout.{name}" for name in given),
+            f"rollout has {' and '.join(given)}; expected at most one of tree, trunk and fork; remove the others",
+        )
+    if r.window is not None and given and given[0] != "tree":
+        yield Problem(
+            ("rollout.window", f"rollout.{given[0]}"),
+            f"rollout.window beside rollout.{given[0]}, which says itself where noise and training are; expected one "
+            "of the two; set rollout.window=null",
+        )
+    if config.rollout.kernel == "ode" and (given or r.window is not None):
+        name = given[0] if given else "window"
+        yield Problem(
+            ("rollout.kernel", f"rollout.{name}"),
+            f"rollout.{name} with rollout.kernel 'ode', which draws no noise; expected a kernel with noise, or plain "
+            f"trajectories; set rollout.{name}=null",
+        )
+    t = r.tree
+    if t is not None:
+        if t.at is None and r.window is None:
+            yield Problem(
+                ("rollout.tree.at", "rollout.window"),
+                "rollout.tree without steps that split; expected rollout.tree.at, or a rollout.window whose steps "
+                "split; for example rollout.window={size: 2, low: 2, high: 4}",
+            )
+        for name in ("promote", "moves_to"):
+            if getattr(t, name) is not None and t.at is None:
+                yield Problem(
+                    (f"rollout.tree.{name}", "rollout.tree.at"),
+                    f"rollout.tree.{name} without rollout.tree.at; expected the steps that split; give them",
+                )
+        if t.noise == "splits" and t.at is None:
+            yield Problem(
+                ("rollout.tree.noise", "rollout.tree.at"),
+                "rollout.tree.noise is 'splits' without rollout.tree.at; expected the steps that split; a window has "
+                "noise on its steps only, so remove rollout.tree.noise",
+            )
+        if t.promote is not None and t.noise != "splits":
+            yield Problem(
+                ("rollout.tree.promote", "rollout.tree.noise"),
+                f"rollout.tree.promote is {t.promote} with noise on all steps; expected rollout.tree.noise=splits",
+            )
+        if t.depths_stop is not None and t.untrained_depths is None:
+            yield Problem(
+                ("rollout.tree.depths_stop", "rollout.tree.untrained_depths"),
+                f"rollout.tree.depths_stop is {t.depths_stop} without untrained depths to move; expected "
+                "rollout.tree.untrained_depths; give them, or remove depths_stop",
+            )
+    if (r.levels.values is None) != (r.levels.shape != "splits"):
+        yield Problem(
+            ("rollout.levels.values", "rollout.levels.shape"),
+            f"rollout.levels.shape is {r.levels.shape!r} and values is {r.levels.values}; expected values with shape "
+            "splits and with no other; change one of the two",
+        )
+    if r.fork is not None and r.levels.shape != "constant":
+        yield Problem(
+            ("rollout.fork", "rollout.levels.shape"),
+            f"rollout.levels.shape {r.levels.shape!r} beside rollout.fork, which has one level; expected constant",
+        )
+
+
+def _plans(config: Config) -> Iterator[Problem]:
+    """Every plan that the run would use, built on a stand-in for the model's own times."""
+    from flowrl.planning import make_plan, moving_parts  # imported late: they bring torch
+
+    r = config.rollout
+    sigmas = [1 - i / r.steps for i in range(r.steps + 1)]
+    names = ("rollout", "group_size", "objective.name")
+    seen: set[tuple[object, ...]] = set()
+    driven = r.levels.reward_driven is not None
+    try:
+        for update in range(min(config.updates, MOST_UPDATES)):
+            parts = moving_parts(config, update)
+            if parts in seen:
+                continue
+            seen.add(parts)
+            for success in (0.0, 1.0) if driven else (0.5,):
+                plan = make_plan(config, sigmas, update, success)
+                plan.roots(config.group_size)
+    except ValueError as error:
+        yield Problem(names, f"rollout and group_size make no {error}")
+
+
 def _objective(config: Config) -> Iterator[Problem]:
     rollout, objective = config.rollout, config.objective
     drawn = (rollout.kernel, rollout.reduction, rollout.density)
     measured = (objective.measured_with.kernel, objective.measured_with.reduction, objective.measured_with.density)
-    if drawn != measured:
+    if drawn != measured and objective.name != "nft":  # which has no ratio
         yield Problem(
             (
                 *("rollout.kernel", "rollout.reduction", "rollout.density"),
@@ -136,7 +229,14 @@ def _objective(config: Config) -> Iterator[Problem]:
             "expected the same, because the scale of a log-probability depends on all three; choose both numbers for "
             "the new density and say so in objective.measured_with",
         )
-    if objective.guidance is not None and objective.guidance != rollout.guidance:
+    if objective.name == "nft":
+        if objective.guidance is not None:
+            yield Problem(
+                ("objective.guidance", "objective.name"),
+                f"objective.guidance is {objective.guidance:g}, but objective nft matches velocities without guidance; "
+                "expected null; remove objective.guidance",
+            )
+    elif objective.guidance is not None and objective.guidance != rollout.guidance:
         yield Problem(
             ("objective.guidance", "rollout.guidance"),
             f"objective.guidance is {objective.guidance:g} and rollout.guidance is {rollout.guidance:g}; expected the "
@@ -149,6 +249,56 @@ def _objective(config: Config) -> Iterator[Problem]:
             f"objective.kl.weight is {objective.kl.weight:g} but policy.reference is false, so there is nothing to "
             "stay close to; expected a reference; set policy.reference=true (one more copy of the weights) or "
             "objective.kl.weight=0",
+        )
+
+
+def _options(config: Config) -> Iterator[Problem]:
+    """Options of an objective, of credit and of advantages that nothing would look at."""
+    o, c = config.objective, config.credit
+    for name in ("guard", "dppo", "tmpo", "nft"):
+        if getattr(o, name) is not None and o.name != name:
+            yield Problem(
+                (f"objective.{name}", "objective.name"),
+                f"objective.{name} is set, but objective.name is {o.name!r}; expected the options of that one; remove "
+                f"them or set objective.name={name}",
+            )
+    if o.adaptive_clip is not None:
+        low, high = o.clip
+        most = (o.adaptive_clip.max, o.adaptive_clip.max_high or o.adaptive_clip.max)
+        if o.name != "clipped":
+            yield Problem(
+                ("objective.adaptive_clip", "objective.name"),
+                f"objective.adaptive_clip is set, but objective.name is {o.name!r}; expected clipped",
+            )
+        elif most[0] < low or most[1] < high:
+            yield Problem(
+                ("objective.adaptive_clip", "objective.clip_range", "objective.clip_range_high"),
+                f"objective.adaptive_clip goes up to {most[0]:g} below and {most[1]:g} above 1, from {low:g} and "
+                f"{high:g}; expected bounds at least as wide; exchange them",
+            )
+    if o.layer_tuning is not None and o.name in ("nft", "tmpo"):
+        yield Problem(
+            ("objective.layer_tuning", "objective.name"),
+            f"objective.layer_tuning beside objective {o.name!r}; expected clipped, guard or dppo, whose loss is a sum "
+            "over edges; set objective.layer_tuning=null",
+        )
+    if o.name in ("nft", "tmpo") and (c.rule != "leaf_mean" or c.steps is not None):
+        yield Problem(
+            ("credit.rule", "credit.steps", "objective.name"),
+            f"credit.rule {c.rule!r} and steps {c.steps}, but objective {o.name} takes "
+            f"{'finished images' if o.name == 'nft' else 'whole paths'} and no advantages of edges; expected "
+            "rule leaf_mean and no steps; remove them",
+        )
+    if isinstance(c.steps, list) and len(c.steps) != config.rollout.steps:
+        yield Problem(
+            ("credit.steps", "rollout.steps"),
+            f"credit.steps has {len(c.steps)} numbers for rollout.steps {config.rollout.steps}; expected one per step",
+        )
+    if c.rule == "depth_z_score" and c.scope == "tree" and not config.rollout.tree and not config.rollout.fork:
+        yield Problem(
+            ("credit.rule", "credit.scope", "rollout.tree", "rollout.trunk", "rollout.fork"),
+            "credit.rule depth_z_score with scope tree, but a root's edges of one depth are not comparable without a "
+            "tree; expected rollout.tree or rollout.fork, or credit.scope=prompt",
         )
 
 

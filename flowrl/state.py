@@ -17,8 +17,9 @@ from flowrl.ema import Ema
 from flowrl.errors import UserError
 from flowrl.guards import Alarms, Limits, ScaleSkips, require_finite
 from flowrl.policies import Policy
+from flowrl.selection import PromptHistory
 
-FORMAT = 1  # of what `State.pack` gives; raise it whenever a key comes, goes or changes its meaning
+FORMAT = 2  # of what `State.pack` gives; raise it whenever a key comes, goes or changes its meaning
 
 
 def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
@@ -55,6 +56,10 @@ class State:
     cost: samplers.Cost = field(default_factory=samplers.Cost)
     ratio_max_dev: float | None = None
     wall_s: float = 0.0  # of earlier sessions
+    train_s: float = 0.0  # of all sessions, by the training clock
+    success: float = 0.5  # moving average that reward-driven levels follow
+    history: PromptHistory | None = None  # of prompts' rewards, for advantage.std: history
+    history_updates: int = 8
 
     @staticmethod
     def create(config: Config, policy: Policy) -> State:
@@ -67,7 +72,11 @@ class State:
         fp16 = config.policy.dtype == "float16"
         scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
         scaler.scale(torch.zeros((), device=policy.device))  # it makes its scale now, not when a loss first needs it
-        return State(make_optimizer(config, policy), scaler, ema, Alarms(limits))
+        if config.objective.name == "nft":  # it samples with weights that follow the trained ones
+            policy.copy_weights("current", "old")
+        return State(
+            make_optimizer(config, policy), scaler, ema, Alarms(limits), history_updates=config.advantage.updates
+        )
 
     # ---- one optimizer step
 
@@ -115,6 +124,9 @@ class State:
             "format": FORMAT,
             "update": self.update,
             "wall_s": self.wall_s,
+            "train_s": self.train_s,
+            "success": self.success,
+            "history": self.history.state_dict() if self.history else None,
             "cost": asdict(self.cost),
             "ratio_max_dev": self.ratio_max_dev,
             "optimizer": skeleton,
@@ -140,6 +152,10 @@ class State:
         self.update, self.wall_s = counters["update"], counters["wall_s"]
         self.cost = samplers.Cost(**counters["cost"])
         self.ratio_max_dev = counters["ratio_max_dev"]
+        self.train_s, self.success = counters["train_s"], counters["success"]
+        if counters["history"] is not None:
+            self.history = PromptHistory(self.history_updates)
+            self.history.load_state_dict(counters["history"])
 
 
 def _check_format(found: Checkpoint, expected: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ resumed run goes on bit for bit.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,19 +17,33 @@ from torch import Tensor
 
 import samplers
 from flowrl import evaluate as evaluation
-from flowrl.advantages import Advantages, group_advantages
+from flowrl.advantages import Advantages
+from flowrl.assign import Assigned, assign
+from flowrl.clock import TrainingClock
 from flowrl.config import Config
-from flowrl.credit import leaf_mean
 from flowrl.distributed import World
 from flowrl.errors import GuardStop, UserError
 from flowrl.guards import require_finite
-from flowrl.objectives import MetricMeans, Objective, get_objective
+from flowrl.layer_tuning import LayerTuning, Progress, progress_targets
+from flowrl.objectives import MetricMeans, Objective, old_decay
+from flowrl.parts import make_layer_tuning, make_objective
+from flowrl.planning import make_plan
 from flowrl.policies import LoraSettings, Policy, load_policy
 from flowrl.prompts import Prompt, Slot, load_prompts, prompt_batch, split
 from flowrl.rewards import load_reward
 from flowrl.run import Run, Stopped
+from flowrl.schema import EvalConfig, NftOptions
 from flowrl.state import State
-from flowrl.update import Batch, RootConditioning, UpdateSettings, accumulate_gradients, check_on_policy, with_halving
+from flowrl.update import (
+    Batch,
+    RootConditioning,
+    UpdateSettings,
+    accumulate_gradients,
+    check_on_policy,
+    forwards_per_row,
+    total_weight,
+    with_halving,
+)
 from reward_models.image_stats import image_statistics, in_group_diversity
 from reward_models.protocol import Reward, RewardError, RewardResult, checked_score, to_8bit
 
@@ -56,13 +71,12 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
         prompts = load_prompts(**config.prompts.model_dump())
         reward = load_reward(config.reward, device=world.device)
         scorers = _scorers(config, world)
-        objective = get_objective(
-            config.objective.name, clip_range=config.objective.clip, kl_weight=config.objective.kl.weight
-        )
+        objective, layer_tuning = make_objective(config), make_layer_tuning(config)
+        on_leaves = "leaves" in objective.needs
         judge = scorers.judge if scorers is not None else None
         specs = [scorer.spec for scorer in (reward, judge) if scorer is not None]
         run = stack.enter_context(Run.open(config, world, resume=resume, rewards=specs))
-        policy = policy or _load_policy(config, world, run)
+        policy = policy or _load_policy(config, objective, world, run)
         _check_sizes(config, policy)
         state = State.create(config, policy)
         run.load(state, policy)
@@ -72,18 +86,22 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
             run.evaluate(policy, scorers, "before_guided")
             run.samples(policy, 0)
             run.save(state, policy)
-        checked = not config.self_check.enabled
+        checked = not config.self_check.enabled or on_leaves  # without likelihoods there is no ratio to check
+        clock = TrainingClock(config.clock, world, state.train_s)
 
-        while state.update < config.updates:
-            clock = time.perf_counter()
+        while state.update < config.updates and not _spent(config, state):
+            started = time.perf_counter()
+            clock.start()
             run.begin(state, policy)
             try:
                 # roll out: one plan for the update, K images for each of this process's prompts
                 slots = prompt_batch(len(prompts), config.prompts_per_update, config.seed, state.update)
                 mine = split(list(enumerate(slots)), world.rank, world.size)
-                plan = make_plan(config, policy, state.update)
-                roots = [(place, slot) for place, slot in mine for _ in range(config.group_size // len(plan.leaves))]
-                with world.together(), torch.no_grad():
+                sigmas = policy.sigmas(config.rollout.steps, config.rollout.height, config.rollout.width)
+                plan = make_plan(config, sigmas, state.update, state.success)
+                roots = [(place, slot) for place, slot in mine for _ in range(plan.roots(config.group_size))]
+                sampling = policy.weights("old") if on_leaves else nullcontext()
+                with world.together(), torch.no_grad(), sampling:
                     cond = _encode(policy, prompts, roots)
                     tree = _rollout(config, policy, plan, state.update, roots, cond, run)
                     leaves = tree.leaves.flatten(0, 1).split(run.chunk)
@@ -96,53 +114,61 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 where = f"update {state.update + 1}"
                 require_finite({"the latents": tree.leaves, "the images": images}, where, world.max)
                 result = _score(reward, images, chosen, groups, world)
-                rollout_s = time.perf_counter() - clock
+                rollout_s = time.perf_counter() - started
 
                 # credit: from leaves to edges
-                advantages = group_advantages(
-                    result.values, groups, std=config.advantage.std, eps=config.advantage.eps,
-                    clip=config.advantage.clip, reduce=world.sum,
-                )  # fmt: skip
-                per_root = (len(roots), len(plan.leaves))
-                credit = leaf_mean(advantages.advantages.view(per_root), plan, advantages.valid.view(per_root))
-                edges = (tree.edges.root, tree.edges.node)
-                part = (place % config.optimizer.inner_updates)[tree.states.root]
-                values = _measure(result, advantages, images, chosen, groups, judge, world)
-                batch = Batch(tree, cond, credit.advantages[edges], credit.weights[edges], place, part)
+                rewards = result.values.cpu().view(len(roots), len(plan.leaves))
+                found = _assign(config, plan, rewards, roots, state, world)
+                progress = _progress(config, policy, layer_tuning, tree, cond, rewards, place, state, world, run)
+                batch = _batch(config, objective, tree, cond, found, rewards, place, progress)
+                values = _measure(result, found.advantages, images, chosen, groups, judge, world)
                 if not checked:
                     state.ratio_max_dev = max(state.ratio_max_dev or 0.0, _self_check(config, policy, batch, world))
                     checked = True
 
                 # update: inner steps, each on its share of the prompts
-                metrics, norms, used = MetricMeans(), [], 0
+                metrics, norms, cost = MetricMeans(), [], _sampled(tree.cost, policy.calls(config.rollout.guidance))
                 rate = state.set_learning_rate(config)
-                for inner in range(config.optimizer.epochs * config.optimizer.inner_updates):
-                    inner %= config.optimizer.inner_updates
-                    norm, rows = _inner_update(config, policy, batch, inner, objective, state, world, metrics, run)
+                parts = config.optimizer.inner_updates
+                if "old_mean" in objective.needs and parts * config.optimizer.epochs > 1:
+                    policy.copy_weights("current", "old")
+                for inner in range(config.optimizer.epochs * parts):
+                    on_policy = inner == 0 and (not on_leaves or _old_decay(config, state.update - 1) == 0)
+                    settings = _update_settings(config, on_policy, inner // parts)
+                    norm, used = _inner_update(
+                        config, policy, batch, inner % parts, objective, settings, state, world, metrics, run
+                    )
                     norms += [] if norm is None else [norm]
-                    used += rows
+                    cost += used
+                if on_leaves:
+                    policy.copy_weights("current", "old", decay=_old_decay(config, state.update))
             except (*FAILURES, Stopped):
                 run.save_last_good(state, policy)
                 raise
             state.update += 1
-            state.cost += _cost(tree.cost, used, policy.calls(config.rollout.guidance), world)
+            state.cost += _over_processes(cost, world)
+            state.history = found.history
+            _follow_success(config, state, rewards, world)
+            trained_before, state.train_s = state.train_s, clock.stop()
 
             # log, look, save
             values |= metrics.result(world.sum, world.max)
+            values |= _totals(state.cost)
             values |= {"grad_norm": sum(norms) / len(norms) if norms else float("nan"), "lr": rate}
             alarms = state.alarms.add(state.update, values)
-            if config.eval and config.eval.every and state.update % config.eval.every == 0:
+            if config.eval and _eval_due(config.eval, state, trained_before):
                 values |= run.evaluate_now(policy, scorers)
             if config.logging.samples_every and state.update % config.logging.samples_every == 0:
                 run.samples(policy, state.update)
-            seconds = time.perf_counter() - clock
+            seconds = time.perf_counter() - started
             count = config.prompts_per_update * config.group_size
             timings = {"images_per_s": count / seconds, "rollout_s": rollout_s, "update_s": seconds - rollout_s}
+            timings |= {"train_s": state.train_s}
             run.write(state.update, values, timings, alarms)
             signalled = run.signalled()
             due = bool(config.checkpoint.every) and state.update % config.checkpoint.every == 0
             stopping = bool(alarms) and config.alarms.stop
-            if due or signalled or stopping or state.update == config.updates:
+            if due or signalled or stopping or state.update == config.updates or _spent(config, state):
                 run.save(state, policy)
             if stopping:
                 raise GuardStop(f"alarms.stop is set, and {alarms[0]}")
@@ -154,19 +180,6 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
 
 
 # ------------------------------------------------------------------------------------------------ parts of an update
-def make_plan(config: Config, policy: Policy, update: int) -> samplers.Plan:
-    """The straight plan of Flow-GRPO: noise on all steps but the last, or in one random window per update ("fast")."""
-    r = config.rollout
-    sigmas = policy.sigmas(r.steps, r.height, r.width)
-    if r.window is None:
-        return samplers.plans.straight(sigmas, r.kernel, r.level, trained=range(r.trained_steps))
-    low, high = r.window_range or (0, r.steps)
-    key = samplers.Key(config.seed, "window", update, "", 0, None)
-    start = key.integer(low, high - r.window.size + 1)
-    window = range(start, start + r.window.size)
-    return samplers.plans.straight(sigmas, r.kernel, r.level, trained=window, noisy=window)
-
-
 def _check_sizes(config: Config, policy: Policy) -> None:
     """UserError for image sizes that the policy cannot make: now, not after the first evaluation."""
     for section in (config.rollout, config.eval):
@@ -174,7 +187,7 @@ def _check_sizes(config: Config, policy: Policy) -> None:
             policy.latent_shape(section.height, section.width)
 
 
-def _load_policy(config: Config, world: World, run: Run) -> Policy:
+def _load_policy(config: Config, objective: Objective, world: World, run: Run) -> Policy:
     p = config.policy
     targets = None if p.lora.targets is None else tuple(p.lora.targets)
     return load_policy(
@@ -188,7 +201,7 @@ def _load_policy(config: Config, world: World, run: Run) -> Policy:
         train=p.train,
         cache_dir=run.folder / "embeddings" if p.embedding_cache else None,
         revision=p.revision,
-        reference=p.reference and config.objective.kl.weight > 0,  # nothing else looks at it
+        reference=p.reference and "reference" in objective.needs,
     )
 
 
@@ -213,10 +226,13 @@ def _rollout(
     def predict(x: Tensor, s: Tensor, index: Tensor) -> Tensor:
         return policy.predict(x, s, cond[index], r.guidance)
 
+    # without noise there are no log-probs
+    density = None if r.kernel == "ode" else samplers.Density(r.kernel, r.reduction, r.density)
+
     def sample(chunk: int) -> samplers.Tree:
         return samplers.rollout(
             predict, plan, keys, latent_shape=policy.latent_shape(r.height, r.width), chunk=chunk,
-            device=policy.device, density=samplers.Density(r.kernel, r.reduction, r.density), init_keys=init_keys,
+            device=policy.device, density=density, init_keys=init_keys,
             prior_std=policy.prior_std, on_chunk=lambda *_: run.check(),
         )  # fmt: skip
 
@@ -237,8 +253,92 @@ def _score(reward: Reward, images: Tensor, prompts: list[Prompt], groups: Tensor
     return result
 
 
-def _update_guidance(config: Config) -> float:
-    return config.rollout.guidance if config.objective.guidance is None else config.objective.guidance
+def _assign(
+    config: Config, plan: samplers.Plan, rewards: Tensor, roots: list[tuple[int, Slot]], state: State, world: World
+) -> Assigned:
+    """Advantages and credit of this process's roots, in rows of (R, L)."""
+    per_group = plan.roots(config.group_size)
+    place = torch.tensor([place for place, _ in roots], dtype=torch.long)
+    return assign(
+        config, plan, rewards, place,
+        prompts=torch.tensor([slot.prompt for _, slot in roots], dtype=torch.long),
+        rows=place * per_group + torch.arange(len(roots)) % per_group,
+        total=config.prompts_per_update * per_group,
+        history=state.history, reduce=world.sum,
+    )  # fmt: skip
+
+
+def _progress(
+    config: Config, policy: Policy, settings: LayerTuning | None, tree: samplers.Tree, cond: RootConditioning,
+    rewards: Tensor, place: Tensor, state: State, world: World, run: Run,
+) -> Progress | None:  # fmt: skip
+    """What the states of this rollout are to imitate (LayerTuning-RL); None without it."""
+    if settings is None:
+        return None
+
+    def predict(x: Tensor, s: Tensor, root: Tensor) -> Tensor:
+        return policy.predict(x, s, cond[root], config.rollout.guidance)
+
+    return progress_targets(
+        settings, tree, rewards, place, update=state.update, predict=predict, chunk=run.micro_batch, reduce=world.sum
+    )
+
+
+def _batch(
+    config: Config, objective: Objective, tree: samplers.Tree, cond: RootConditioning, found: Assigned,
+    rewards: Tensor, place: Tensor, progress: Progress | None,
+) -> Batch:  # fmt: skip
+    root_part = place % config.optimizer.inner_updates
+    edges = (tree.edges.root, tree.edges.node)
+    return Batch(
+        tree=tree,
+        cond=cond,
+        advantage=found.credit.advantages[edges].float(),
+        weight=found.credit.weights[edges],
+        group=place,
+        part=root_part[tree.states.root],
+        # a balance of paths is one of rewards, a match of images one of their advantages
+        leaf_advantage=rewards if "paths" in objective.needs else found.leaves.float(),
+        root_part=root_part,
+        progress=progress,
+    )
+
+
+def _update_settings(config: Config, on_policy: bool = True, epoch: int = 0) -> UpdateSettings:
+    o = config.objective
+    guidance = config.rollout.guidance if o.guidance is None else o.guidance
+    return UpdateSettings(guidance, config.optimizer.micro_batch, o.kl.form, on_policy, epoch)
+
+
+def _old_decay(config: Config, update: int) -> float:
+    """How much of themselves the sampling weights of DiffusionNFT keep after the update of this number."""
+    nft = config.objective.nft or NftOptions()
+    return old_decay(max(0, update), nft.decay_rate, 0, nft.decay_max)
+
+
+def _follow_success(config: Config, state: State, rewards: Tensor, world: World) -> None:
+    """Move the average that levels follow: (mean - worst) / (best - worst) of the rewards of all processes (TMPO)."""
+    driven = config.rollout.levels.reward_driven
+    if driven is None:
+        return
+    known = rewards[~rewards.isnan()].double()
+    total, count = world.sum(torch.stack([known.sum(), torch.tensor(float(len(known))).double()])).tolist()
+    none = torch.tensor([-torch.inf], dtype=torch.float64)
+    ends = torch.stack([torch.cat([known, none]).max(), torch.cat([-known, none]).max()])
+    best, worst = world.max(ends).tolist()
+    if count and best > -worst:
+        success = (total / count + worst) / (best + worst)  # `worst` is minus the lowest reward
+        state.success = driven.memory * state.success + (1 - driven.memory) * success
+
+
+def _spent(config: Config, state: State) -> bool:
+    return config.budget_s is not None and state.train_s >= config.budget_s
+
+
+def _eval_due(section: EvalConfig, state: State, before: float) -> bool:
+    """Whether this update is one after which to evaluate: by number, or by seconds of training (`before`: until it)."""
+    by_number = bool(section.every) and state.update % section.every == 0
+    return by_number or (section.every_s is not None and state.train_s // section.every_s > before // section.every_s)
 
 
 def _self_check(config: Config, policy: Policy, batch: Batch, world: World) -> float:
@@ -249,25 +349,24 @@ def _self_check(config: Config, policy: Policy, batch: Batch, world: World) -> f
     network = getattr(policy, "network", None)
     with world.together():
         deviation = check_on_policy(
-            policy, batch, _update_guidance(config), bound=bound, dtype=config.policy.dtype,
+            policy, batch, _update_settings(config).guidance, bound=bound, dtype=config.policy.dtype,
             modules=[] if network is None else [network],
         )  # fmt: skip
     return float(world.max(torch.tensor([deviation], dtype=torch.float64)))
 
 
 def _inner_update(
-    config: Config, policy: Policy, batch: Batch, part: int, objective: Objective, state: State, world: World,
-    metrics: MetricMeans, run: Run,
-) -> tuple[float | None, int]:  # fmt: skip
-    """Gradients of one share of the prompts and one optimizer step: (gradient norm or None, states used)."""
-    in_part = batch.part[batch.tree.edges.state] == part
-    normaliser = float(world.sum(batch.weight[in_part].double().sum().reshape(1)))
+    config: Config, policy: Policy, batch: Batch, part: int, objective: Objective, settings: UpdateSettings,
+    state: State, world: World, metrics: MetricMeans, run: Run,
+) -> tuple[float | None, samplers.Cost]:  # fmt: skip
+    """Gradients of one share of the prompts and one optimizer step: (gradient norm or None, training calls)."""
+    weight = total_weight(batch, part, objective)
+    normaliser = float(world.sum(torch.tensor([weight], dtype=torch.float64)))
 
     def gradients(micro_batch: int) -> tuple[MetricMeans, int]:
         state.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(
-            policy, batch, part, objective, normaliser or 1.0,
-            UpdateSettings(_update_guidance(config), micro_batch, config.objective.kl.form),
+            policy, batch, part, objective, normaliser or 1.0, replace(settings, micro_batch=micro_batch),
             scale=state.scaler.scale, on_chunk=lambda _: run.check(),
         )  # fmt: skip
 
@@ -278,14 +377,29 @@ def _inner_update(
     world.sum_gradients(parameters)
     norm = state.step(config, policy, parameters, world, loss=found.loss)
     run.committed = True  # from here on this update is finished before a signal is heard
-    return norm, used
+    calls = policy.calls(1.0 if "leaves" in objective.needs else settings.guidance)  # leaves are matched without it
+    again = 1 + objective.coupled  # a coupled objective looks at all edges before it back-propagates
+    forwards = forwards_per_row(objective, settings) * again
+    return norm, samplers.Cost(0, used * forwards * calls, used * calls, 0)
 
 
-def _cost(sampled: samplers.Cost, states: int, calls: int, world: World) -> samplers.Cost:
-    """What an update really cost on all processes: `states` training forwards, `calls` network rows each."""
-    local = torch.tensor([sampled.sampling_calls * calls, states * calls, sampled.images]).double()
-    sampling, training, images = (int(x) for x in world.sum(local).tolist())
-    return samplers.Cost(sampling, training, training, images)
+def _sampled(tree: samplers.Cost, calls: int) -> samplers.Cost:
+    """Cost of a rollout, `calls` network rows each."""
+    return samplers.Cost(tree.sampling_calls * calls, 0, 0, tree.images)
+
+
+def _over_processes(cost: samplers.Cost, world: World) -> samplers.Cost:
+    local = torch.tensor(list(asdict(cost).values()), dtype=torch.float64)
+    return samplers.Cost(*(int(x) for x in world.sum(local).tolist()))
+
+
+def _totals(cost: samplers.Cost) -> dict[str, float]:
+    """Images and network rows of the run so far; a backward is not a row of its own."""
+    return {
+        "total/images": cost.images,
+        "total/sampling_calls": cost.sampling_calls,
+        "total/training_calls": cost.training_forwards,
+    }
 
 
 def _scorers(config: Config, world: World) -> evaluation.Scorers | None:

@@ -272,8 +272,18 @@ def test_valid_names_are_those_of_the_written_file() -> None:
             names |= {prefix + key} | (dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
         return names
 
-    config = with_("ema={}", "rollout.window={size: 2}", "reward=shapes", "eval.rewards=shapes")
-    assert dotted(yaml.safe_load(cfg.resolved_yaml(config))) == set(cfg.valid_names())
+    windowed = ["rollout.window={size: 2}", "rollout.tree={branch: 2}", "rollout.levels.reward_driven={}"]
+    clipped = ["objective.adaptive_clip={max: 0.1}", "objective.layer_tuning={}", "rollout.tail={}"]
+    sections = [  # which exclude each other
+        ["ema={}", *windowed, *clipped, "group_size=8"],
+        ["rollout.trunk={at: [1]}", "group_size=12", "objective.name=guard", "objective.guard={}"],
+        ["rollout.fork={first: 2, last: 3}", "group_size=10", "objective.name=dppo", "objective.dppo={}"],
+        ["objective.name=tmpo", "objective.tmpo={}"],
+        ["objective.name=nft", "objective.nft={}"],
+    ]
+    specs = ["reward=shapes", "eval.rewards=shapes"]  # a mapping's keys would be names of rewards
+    names = [dotted(yaml.safe_load(cfg.resolved_yaml(with_(*overrides, *specs)))) for overrides in sections]
+    assert set().union(*names) == set(cfg.valid_names())
 
 
 _OVERRIDES = st.fixed_dictionaries(

@@ -23,7 +23,7 @@ from flowrl.evaluate import Scorers, evaluate, settings_of
 from flowrl.policies import GaussianPolicy, PipelinePolicy
 from flowrl.prompts import load_prompts
 from flowrl.run import Run, peak_rss_mb
-from flowrl.state import State
+from flowrl.state import FORMAT, State
 from flowrl.summary import read_rows
 from flowrl.trainer import train
 from reward_models.loading import UserReward
@@ -160,7 +160,7 @@ def test_everything_that_has_a_state_survives_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": 2}, "of format 2"),
+        ({"format": FORMAT + 1}, f"of format {FORMAT + 1}"),
         ({"alarms": {"first": {}, "last": {}, "active": [], "raised": []}}, r"without alarms\.held,"),
         ({"skips": None}, r"without skips\.in_a_row, skips\.total,"),
         ({"ema": None}, r"without ema\.steps,"),
@@ -173,7 +173,7 @@ def test_the_state_of_another_version_is_refused_and_left_alone(tmp_path, change
     found = load_latest(tmp_path / "run" / "checkpoints")
     save_checkpoint(tmp_path / "run" / "checkpoints", 1, found.tensors, {**found.state, **change})
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    message = rf"step_000001 holds the state of a run {said}.*expected a complete one of format 1.*new output_dir"
+    message = rf"step_000001 holds the state of a run {said}.*expected a complete one of format {FORMAT}.*new output_dir"
     with pytest.raises(UserError, match=message):
         train(config(tmp_path, "updates=2", *options), resume=True, policy=GaussianPolicy())
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
@@ -182,9 +182,10 @@ def test_the_state_of_another_version_is_refused_and_left_alone(tmp_path, change
 def test_a_state_without_a_number_is_of_the_first_format(tmp_path):
     train(config(tmp_path, "updates=1"), policy=GaussianPolicy())
     found = load_latest(tmp_path / "run" / "checkpoints")
-    assert found.state.pop("format") == 1
+    assert found.state.pop("format") == FORMAT > 1
     save_checkpoint(tmp_path / "run" / "checkpoints", 1, found.tensors, found.state)
-    assert train(config(tmp_path, "updates=2"), resume=True, policy=GaussianPolicy())["updates"] == 2
+    with pytest.raises(UserError, match=f"of format 1.*format {FORMAT}"):
+        train(config(tmp_path, "updates=2"), resume=True, policy=GaussianPolicy())
 
 
 @pytest.mark.parametrize(("platform", "peak"), [("linux", 500_000), ("darwin", 512_000_000)])
@@ -244,7 +245,8 @@ def test_a_folder_is_loaded_encoded_once_and_trained_whole(tmp_path):
         "optimizer.inner_updates=2", "updates=1",
     )  # fmt: skip
     summary = train(settings)
-    assert summary["cost"]["training_forwards"] == 2 * 2 * 2
+    cost = summary["cost"]  # the reference looks at every state too
+    assert cost["training_forwards"] == 2 * cost["training_backwards"] == 2 * 2 * 2 * 2
     assert len(list((tmp_path / "run" / "embeddings").rglob("*.safetensors"))) == 3  # two prompts and the empty one
     found = load_latest(tmp_path / "run" / "checkpoints")
     assert found.step == 1 and not [name for name in found.tensors if "reference" in name]

@@ -17,7 +17,7 @@ from flowrl.errors import GuardStop, UserError
 from flowrl.policies import GaussianPolicy
 from flowrl.prompts import prompt_batch
 from flowrl.runlog import read_jsonl
-from flowrl.trainer import make_plan, train
+from flowrl.trainer import train
 
 
 @pytest.fixture(autouse=True)
@@ -46,36 +46,6 @@ def rows(folder: Path) -> list[dict]:
 
 def run(folder: Path, *overrides: str, policy: GaussianPolicy | None = None) -> dict:
     return train(config(folder, *overrides), policy=policy or GaussianPolicy())
-
-
-# ------------------------------------------------------------------------------------------------------------- plans
-def test_plan_with_noise_on_all_steps_but_the_last(tmp_path):
-    plan = make_plan(config(tmp_path, "rollout.steps=5"), GaussianPolicy(), 3)
-    assert plan.trained == (False, True, True, True, True, False)
-    assert (plan.coefficients.c[1:] > 0).tolist() == [True] * 4 + [False]
-    assert plan.s_next == (1.0, pytest.approx(0.8), pytest.approx(0.6), pytest.approx(0.4), pytest.approx(0.2), 0.0)
-    part = make_plan(config(tmp_path, "rollout={steps: 5, train_fraction: 0.5}"), GaussianPolicy(), 3)
-    assert part.trained == (False, True, True, False, False, False)
-    assert (part.coefficients.c[1:] > 0).tolist() == [True] * 4 + [False]  # noise also where nothing is trained
-
-
-def test_plan_with_a_random_window(tmp_path):
-    """Noise and training in two consecutive steps, ODE elsewhere; each start in [0, steps / 2 - 2] equally often."""
-    settings = config(tmp_path, "rollout={steps: 12, window: {size: 2}}")
-    starts = []
-    for update in range(200):
-        plan = make_plan(settings, GaussianPolicy(), update)
-        inside = [i for i, trained in enumerate(plan.trained[1:]) if trained]
-        assert inside == [inside[0], inside[0] + 1]
-        assert [i for i, c in enumerate(plan.coefficients.c[1:].tolist()) if c > 0] == inside
-        starts.append(inside[0])
-    counts = [starts.count(start) for start in range(5)]
-    assert sum(counts) == 200 and min(counts) > 20  # 40 expected of each, standard deviation 6
-    assert make_plan(settings, GaussianPolicy(), 7) == make_plan(settings, GaussianPolicy(), 7)
-    other = config(tmp_path, "rollout={steps: 12, window: {size: 2}}", "seed=1")
-    assert [make_plan(other, GaussianPolicy(), u).trained for u in range(9)] != [
-        make_plan(settings, GaussianPolicy(), u).trained for u in range(9)
-    ]
 
 
 # --------------------------------------------------------------------------------------------------- what is drawn

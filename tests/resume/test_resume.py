@@ -44,7 +44,7 @@ def options(folder: Path) -> list[str]:
 def result(run: Path) -> dict:
     """All that must be equal: the final weights and optimizer, the counters, the metrics, the evaluations."""
     found = load_latest(run / "checkpoints")
-    state = {name: value for name, value in found.state.items() if name != "wall_s"}
+    state = {name: value for name, value in found.state.items() if name not in ("wall_s", "train_s")}
     summary = json.loads((run / "summary.json").read_text())
     return {
         "step": found.step,
