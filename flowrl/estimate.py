@@ -22,7 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import samplers
 from flowrl.config import Config
 from flowrl.errors import UserError
+from flowrl.leaves import leaf_times
+from flowrl.objectives import NFT
+from flowrl.parts import make_objective
+from flowrl.planning import make_plan
 from flowrl.policies import LoraSettings, load_policy
 from flowrl.policies.loading import DTYPES, find_device, model_index, resolve
 from flowrl.policies.pipeline import BACKBONES, ROWS
 from flowrl.prompts import load_prompts
 from flowrl.schema import EvalConfig, RolloutConfig
+from flowrl.update import UpdateSettings, forwards_per_row
 
 GIB = 2**30
 SMALL = 100_000_000  # parameters up to which a policy is loaded and timed
@@ -84,7 +89,7 @@ class Estimate:
         yield f"network: {n.parameters / 1e6:,.1f} M parameters, {n.trainable / 1e6:,.2f} M trained"
         yield (
             f"per update: {self.cost.images} images, {self.cost.sampling_calls} sampling calls, "
-            f"{self.cost.training_forwards} training forwards and backwards"
+            f"{self.cost.training_forwards} training forwards, {self.cost.training_backwards} backwards"
         )
         for title, values, form in (
             (f"memory, one process: about {_size(total)}", self.memory, _size),
@@ -98,14 +103,10 @@ class Estimate:
 
 def estimate(config: Config, processes: int = 1) -> Estimate:
     """Estimate one process of a run on this machine. Reads config files, and weights of small policies."""
-    policy, rollout = config.policy, config.rollout
-    device = find_device(policy.device)
+    device = find_device(config.policy.device)
     groups = -(-config.prompts_per_update // processes)
     network = describe(config, groups)
-    plan = samplers.plans.straight(
-        torch.linspace(1, 0, rollout.steps + 1, dtype=torch.float64), trained=_trained(config)
-    )
-    cost = plan.cost() * (groups * config.group_size)
+    cost = planned_cost(config) * groups
     if network.calls == 2:
         cost = cost.guided()
     notes = [f"these numbers are for {device} here and {_processes(processes)}; expect them within a factor of 1.5"]
@@ -117,9 +118,32 @@ def _processes(processes: int) -> str:
     return "one process" if processes == 1 else f"one of {processes} processes"
 
 
-def _trained(config: Config) -> range:
-    window = config.rollout.window
-    return range(config.rollout.trained_steps if window is None else window.size)
+def _first_plan(config: Config) -> samplers.Plan:
+    """The plan of the first update, on a stand-in for the model's own times."""
+    return make_plan(config, torch.linspace(1, 0, config.rollout.steps + 1, dtype=torch.float64), 0)
+
+
+def _kept_latents(config: Config) -> int:
+    """Latents of one group that a rollout keeps: both ends of trained edges, once each, and the images."""
+    plan = _first_plan(config)
+    ends = {node for i in range(len(plan)) if plan.trained[i] for node in (i, plan.parent[i])}
+    return plan.roots(config.group_size) * (len(ends) + len(plan.leaves))
+
+
+def planned_cost(config: Config) -> samplers.Cost:
+    """Model calls of one group in the first update, without guidance; objectives on leaves train on noised images."""
+    plan = _first_plan(config)
+    objective = make_objective(config)
+    cost = plan.cost() * plan.roots(config.group_size)
+    if isinstance(objective, NFT):
+        times = len(leaf_times(plan, objective.time_fraction))
+        rows = config.group_size * min(times, objective.times or times)
+        cost = replace(cost, training_forwards=rows, training_backwards=rows)
+    # guard, dppo and nft also ask the weights that sampled, after the first optimizer step of an update
+    o = config.optimizer
+    on_policy = o.inner_updates * o.epochs == 1 and not isinstance(objective, NFT)
+    forwards = forwards_per_row(objective, UpdateSettings(1.0, o.micro_batch, on_policy=on_policy))
+    return replace(cost, training_forwards=cost.training_forwards * forwards * (1 + objective.coupled))
 
 
 def describe(config: Config, groups: int | None = None) -> Network:
@@ -141,7 +165,7 @@ def describe(config: Config, groups: int | None = None) -> Network:
     model = _on_meta(index["transformer"][1], network_config, config, kind.lora_targets)
     inputs = (_flux_inputs if flux else _sd3_inputs)(network_config, height, width, text)
     calls = 1 if flux or config.rollout.guidance == 1.0 else 2
-    states = (groups or config.prompts_per_update) * config.group_size * len(_trained(config))
+    states = (groups or config.prompts_per_update) * planned_cost(config).training_backwards
     rows = _padded(min(config.optimizer.micro_batch, states)) * calls
     flops, activations = _flops(model, inputs), _activations(model, inputs, rows)
     own = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
@@ -346,7 +370,7 @@ def _memory(config: Config, network: Network, groups: int, device: torch.device)
     states = 2.0 if optimizer.name == "adamw8bit" else 8.0
     copies = 1 + (config.ema is not None)  # gradients, and the average where there is one
     encoders = sum(n for name, n in network.other.items() if name != "vae") * BYTES[policy.dtype]
-    latents = groups * config.group_size * (len(_trained(config)) + 2) * network.latent * 4.0
+    latents = groups * _kept_latents(config) * network.latent * 4.0
     found = {
         "network": network.parameters * (4.0 if full else base),
         "frozen copy": network.parameters * 4.0 if full and policy.reference else 0.0,
@@ -402,9 +426,9 @@ def _seconds(
             f"matrix product reaches on {device}"
         )
     again = 1.33 if config.policy.gradient_checkpointing else 1.0
-    reference = cost.training_forwards * forward if config.objective.kl.weight > 0 else 0.0
     chunk, micro_batch = config.rollout.chunk, config.optimizer.micro_batch  # padded, where they are small
-    update = (cost.training_forwards * forward * 3.0 * again + reference) * config.optimizer.epochs
+    trained = cost.training_backwards * 3.0 * again  # a forward and a backward, which is two; others look only
+    update = (trained + cost.training_forwards - cost.training_backwards) * forward * config.optimizer.epochs
     return {
         "sampling": cost.sampling_calls * forward * _padded(chunk) / chunk,
         "update": update * _padded(micro_batch) / micro_batch,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class ClipScore:
             for key, default in (("image_mean", OPENAI_MEAN), ("image_std", OPENAI_STD))
         )
         self._text: dict[str, Tensor] = {}  # features of prompts seen before; training repeats its prompts
+        nothing = torch.zeros(0)
+        self._last = weakref.ref(nothing), 0, nothing  # images, their version, their features
         digest = hashlib.sha256()
         for file in sorted(folder.glob("*.safetensors")):
             digest.update(file.read_bytes())
@@ -100,8 +103,15 @@ class ClipScore:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Normalised image features, (N, 3, H, W) in [0, 1] -> (N, D) float32 on the CPU."""
-        return torch.cat([self._image_features(c.to(self.device).float()).cpu() for c in images.split(self.chunk)])
+        """Normalised image features, (N, 3, H, W) in [0, 1] -> (N, D) float32 on the CPU.
+
+        Those of the last images are kept: who asks for a score often asks for diversity next."""
+        last, version, features = self._last
+        if last() is not images or version != images._version:
+            parts = [self._image_features(c.to(self.device).float()).cpu() for c in images.split(self.chunk)]
+            features = torch.cat(parts)
+            self._last = weakref.ref(images), images._version, features
+        return features
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> Tensor:
