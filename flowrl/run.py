@@ -97,6 +97,7 @@ class Run:
             self.folder,
             self.config.logging.trackers,
             total=self.config.updates,
+            budget_s=self.config.budget_s,
             resumed=(found.step if found else -1) if self.resumed else None,
             project=self.config.logging.project,
             config=self.config.model_dump(mode="json", by_alias=True),

@@ -39,9 +39,10 @@ SHOWN = {"reward/mean": "reward", "kl": "kl", "clip_fraction": "clipped", "grad_
 class RunLog:
     """Writes the log files of a run folder, shows progress, and feeds trackers.
 
-    `total`: number of updates, for "n/N" and the time left. `resumed`: None for a new run, else the last update that
-    the checkpoint contains (-1: nothing yet); later lines of `metrics.jsonl` are dropped. `active=False` makes every
-    method do nothing (all processes but the first). `trackers`: accelerate names or tracker objects.
+    `total`: number of updates, `budget_s`: seconds of training; for "n/N" and the time left. `resumed`: None for a new
+    run, else the last update that the checkpoint contains (-1: nothing yet); later lines of `metrics.jsonl` are
+    dropped. `active=False` makes every method do nothing (all processes but the first). `trackers`: accelerate names
+    or tracker objects.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RunLog:
         console: bool = True,
         *,
         total: int | None = None,
+        budget_s: float | None = None,
         resumed: int | None = None,
         project: str = "flowrl",
         config: Mapping[str, Any] | None = None,
@@ -74,7 +76,7 @@ class RunLog:
         self._session = 1 + max((row.get("session", 0) for row in read_jsonl(folder / TIMINGS)), default=0)
         self._timings = _appending(folder / TIMINGS)
         self._text = _appending(folder / TEXT)
-        self._total = total
+        self._total, self._budget_s = total, budget_s
         self._walls: deque[float] = deque(maxlen=20)
         self._clock = time.monotonic()
         self._screen = _Screen(sys.stdout if stream is None else stream, total, plain_every_s) if console else None
@@ -164,9 +166,18 @@ class RunLog:
                 parts.append(f"{label} {value:.4g}")
         if (speed := timings.get("images_per_s")) is not None:
             parts.append(f"images/s {speed:.1f}")
-        if self._total and self._walls and update < self._total:
-            parts.append(f"left {duration((self._total - update) * statistics.median(self._walls))}")
+        to_come = self._to_come(update, timings)
+        if self._walls and to_come:
+            parts.append(f"left {duration(to_come * statistics.median(self._walls))}")
         return "  ".join(parts)
+
+    def _to_come(self, update: int, timings: Mapping[str, Any]) -> float:
+        """Updates until the run has made all of them or, by the mean of those so far, spent its seconds of training."""
+        left = [float(self._total - update)] if self._total else []
+        trained = timings.get("train_s")
+        if self._budget_s and trained and update:
+            left.append((self._budget_s - trained) / (trained / update))
+        return max(0.0, min(left, default=0.0))
 
 
 class _Screen:

@@ -332,3 +332,11 @@ def test_rows_are_readable_by_anyone(tmp_path):
         write(log, 0, 2)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["groups"] for row in rows] == [0, 1, 2]
+
+
+def test_time_left_by_updates_or_by_seconds_of_training(tmp_path):
+    """After 4 of 100 updates in 8 s of training a budget of 20 s has 6 updates left; a budget of 2000 s has 96."""
+    for budget, expected in ((20.0, 6), (2000.0, 96), (None, 96)):
+        with RunLog(tmp_path / str(budget), total=100, budget_s=budget, console=False) as log:
+            assert log._to_come(4, {"train_s": 8.0}) == expected
+            assert log._to_come(100, {"train_s": 8.0}) == 0
