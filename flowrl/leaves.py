@@ -1,8 +1,8 @@
 """Noised leaves: what objectives on finished images train on (DiffusionNFT, arXiv 2509.16117).
 
 Every leaf is noised again, x_s = (1 - s) x0 + s e, at times of the rollout's own schedule. A row is one leaf at one
-time; its weight is 1. The noise and the choice of times are functions of the leaf's key, so that nothing depends on
-micro-batches or processes. Predictions are those without guidance.
+time; its weight is 1. The noise and the choice of times are functions of the leaf's key (or, with `shared_noise`, of
+its group's), so that nothing depends on micro-batches or processes. Predictions are those without guidance.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def leaf_times(plan: samplers.Plan, fraction: float = 1.0) -> tuple[float, ...]:
 def leaf_rows(batch: Batch, part: int, objective: LeafObjective, epoch: int = 0) -> Tensor:
     """(n, 3) long: root, leaf and number of the time (in `leaf_times`) of every row of an inner update."""
     tree, (count, strata) = batch.tree, _strata(batch, objective)
-    edges = [count * i // strata for i in range(strata + 1)]
+    edges, shared = [count * i // strata for i in range(strata + 1)], objective.shared_noise
     rows = [
-        (root, leaf, _key(tree, root, leaf, "leaf time", epoch * strata + i).integer(edges[i], edges[i + 1]))
+        (root, leaf, _key(tree, root, leaf, "leaf time", epoch * strata + i, shared).integer(edges[i], edges[i + 1]))
         for root, leaf in _leaves(batch, part).tolist()
         for i in range(strata)
     ]
@@ -51,7 +51,8 @@ def leaf_scalars(
     tree, (root, leaf, step) = batch.tree, rows.unbind(1)
     device = tree.leaves.device
     times = leaf_times(tree.plan, objective.time_fraction)
-    keys = [_key(tree, i, j, "leaf noise", settings.epoch * len(times) + k) for i, j, k in rows.tolist()]
+    first, shared = settings.epoch * len(times), objective.shared_noise
+    keys = [_key(tree, i, j, "leaf noise", first + k, shared) for i, j, k in rows.tolist()]
     x0 = tree.leaves[root.to(device), leaf.to(device)]
     s = torch.tensor(times, dtype=torch.float32)[step].to(device)
     x = per_row(1 - s, x0) * x0 + per_row(s, x0) * samplers.noise(keys, x0.shape[1:]).to(device)
@@ -86,5 +87,9 @@ def _strata(batch: Batch, objective: LeafObjective) -> tuple[int, int]:
     return count, count if objective.times is None else min(objective.times, count)
 
 
-def _key(tree: samplers.Tree, root: int, leaf: int, purpose: str, step: int) -> samplers.Key:
-    return tree.keys[root]._replace(purpose=purpose, path=tree.plan.paths[int(tree.leaf_nodes[leaf])], step=step)
+def _key(tree: samplers.Tree, root: int, leaf: int, purpose: str, step: int, shared: bool) -> samplers.Key:
+    """Key of a leaf, or of its prompt's group where that shares its times and noise."""
+    key = tree.keys[root]._replace(purpose=purpose, step=step)
+    if shared:
+        return key._replace(root=None, path=())
+    return key._replace(path=tree.plan.paths[int(tree.leaf_nodes[leaf])])

@@ -275,6 +275,9 @@ class NftOptions(Section):
     advantage_clip: float = Field(5.0, gt=0.0, description="advantage of an image that counts as wholly good")
     times: Positive | None = Field(None, description="times per image that are trained; null: all of the schedule")
     time_fraction: Share = Field(0.99, description="share of the schedule's times, from noise on, that is used")
+    shared_noise: bool = Field(
+        False, description="images of a group get the same times and noise, which then cancels in their comparison"
+    )
     decay_rate: float = Field(
         0.001,
         ge=0.0,

@@ -1,7 +1,7 @@
 """DiffusionNFT: matching on finished images, towards the good ones and away from the bad ones; no likelihood, no SDE.
 
 Deviations from the released code: mean absolute errors are summed in float64 from float32 terms; noised leaves of one
-update may be fewer than all times of the schedule (``times``).
+update may be fewer than all times of the schedule (``times``), and share their noise (``shared_noise``).
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class NFT:
         times: times per image, one drawn from each of so many equal parts of the schedule; None: all of them.
         time_fraction: share of the schedule's times, from noise on, that is used; in (0, 1].
         error_floor: > 0, least weight.
+        shared_noise: (ours) the images of a group are noised at the same times with the same noise e. At v = v_old the
+            gradient of an image with respect to v is A (v_old - e + x0) times a factor that differs little within a
+            group, and the advantages of a group sum to 0: the e that all its images share all but cancels.
     """
 
     beta: float = 1.0
@@ -44,6 +47,7 @@ class NFT:
     times: int | None = None
     time_fraction: float = 0.99
     error_floor: float = 1e-5
+    shared_noise: bool = False
 
     name: ClassVar[str] = "nft"
     coupled: ClassVar[bool] = False

@@ -159,13 +159,16 @@ class Objective(Protocol):
 
 
 class LeafObjective(Objective, Protocol):
-    """An objective on noised leaves. It also says at which times it wants them, and what it measures there."""
+    """An objective on noised leaves. It also says how they are noised and what it measures there."""
 
     @property
     def time_fraction(self) -> float: ...
 
     @property
     def times(self) -> int | None: ...
+
+    @property
+    def shared_noise(self) -> bool: ...
 
     def measure(self, leaves: LeafVelocities, /) -> dict[str, Tensor]:
         """The differentiable scalars, each (N,), by their names in `LeafScalars`."""

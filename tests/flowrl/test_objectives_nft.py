@@ -224,6 +224,25 @@ def test_noise_is_a_function_of_leaf_time_and_epoch():
     assert len(set(whole.positive[below].tolist())) == below.sum()
 
 
+def test_a_group_may_share_its_times_and_noise(monkeypatch):
+    """The noise is taken back out of what the policy is shown: e = (x_s - (1 - s) x0) / s."""
+    policy, batch = make(TREE)
+    objective, shown = NFT(times=2, shared_noise=True), []
+    rows = leaf_rows(batch, 0, objective)
+    predict = policy.predict
+    monkeypatch.setattr(policy, "predict", lambda x, s, cond: shown.append((x, s)) or predict(x, s, cond))
+    leaf_scalars(policy, batch, rows, objective, UpdateSettings(1.0, 64, on_policy=True))
+    ((x, s),) = shown
+    x0, s = batch.tree.leaves[rows[:, 0], rows[:, 1]], s.view(-1, 1, 1, 1)
+    noise, group = ((x - (1 - s) * x0) / s).flatten(1), batch.group[rows[:, 0]]
+    for number in group.unique():
+        mine, step = noise[group == number], rows[group == number, 2]
+        assert len(step.unique()) == 2  # one time from each half of the schedule, for all its leaves
+        for k in step.unique():
+            torch.testing.assert_close(mine[step == k], mine[step == k][:1].expand_as(mine[step == k]))
+    assert len({tuple(e) for e in (noise * 1e3).round().tolist()}) == 2 * len(group.unique())
+
+
 def test_on_policy_the_old_weights_need_no_forward(monkeypatch):
     policy, batch = make(STRAIGHT)
     policy.copy_weights("current", "old")
