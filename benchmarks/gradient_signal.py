@@ -38,19 +38,18 @@ from torch.nn import functional as F
 
 import samplers
 from flowrl import load_policy
-from flowrl.advantages import group_advantages
+from flowrl.assign import assign
 from flowrl.cli import verb
 from flowrl.config import Config, apply_overrides, load_config, parse_config
-from flowrl.credit import leaf_mean
 from flowrl.errors import UserError
 from flowrl.objectives import get_objective
+from flowrl.planning import make_plan
 from flowrl.policies import LoraSettings, PipelinePolicy, Policy
 from flowrl.policies.loading import find_device
-from flowrl.prompts import Prompt, load_prompts, prompt_batch
+from flowrl.prompts import Prompt, Slot, load_prompts, prompt_batch
 from flowrl.rewards import load_reward
-from flowrl.trainer import make_plan
 from flowrl.update import Batch, RootConditioning, UpdateSettings, accumulate_gradients
-from reward_models.protocol import Reward, checked_score
+from reward_models.protocol import Reward, checked_score, to_8bit
 
 FEWEST = 3  # updates that a jackknife of pairs needs
 NO_CLIP = 0.5  # on-policy every ratio is 1 up to rounding, which a published clip range may be smaller than
@@ -77,23 +76,35 @@ class Cosine(NamedTuple):
     high: float
 
 
-def mean_cosine(gradients: Tensor) -> Cosine:
+def mean_cosine(gradients: Tensor, minus: Tensor | None = None) -> Cosine:
     """Mean cosine over all pairs of U gradients (U, D), U >= 3; one of zeros has the cosine 0 with every other.
 
     Jackknife over gradients, theta_i being the mean without gradient i: se^2 = (U - 1) / U sum_i (theta_i - theta)^2.
+    minus: gradients (U, D) of the same updates in another setting, whose mean cosine is subtracted; the interval is
+    then that of the difference.
     """
     n = len(gradients)
     if n < FEWEST:
         raise ValueError(f"got {n} gradients; expected at least {FEWEST}; draw more updates")
+    mean, without = _cosines(gradients)
+    if minus is not None:
+        if len(minus) != n:
+            raise ValueError(f"got {n} gradients minus {len(minus)}; expected pairs; draw the same updates")
+        other = _cosines(minus)
+        mean, without = mean - other[0], without - other[1]
+    se = float((n - 1) ** 0.5 * without.std(correction=0))
+    reach = float(stats.t.ppf(0.975, n - 1)) * se
+    return Cosine(mean, se, mean - reach, mean + reach)
+
+
+def _cosines(gradients: Tensor) -> tuple[float, Tensor]:
+    """The mean cosine of all pairs, and (U,) those without each of the gradients."""
+    n = len(gradients)
     unit = F.normalize(gradients.double(), dim=1)
     cosines = (unit @ unit.T).fill_diagonal_(0)
     of_each = cosines.sum(1)
     total = of_each.sum() / 2
-    mean = float(total / (n * (n - 1) / 2))
-    without = (total - of_each) / ((n - 1) * (n - 2) / 2)
-    se = float((n - 1) ** 0.5 * without.std(correction=0))
-    reach = float(stats.t.ppf(0.975, n - 1)) * se
-    return Cosine(mean, se, mean - reach, mean + reach)
+    return float(total / (n * (n - 1) / 2)), (total - of_each) / ((n - 1) * (n - 2) / 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- updates
@@ -111,16 +122,36 @@ class Update:
         return torch.stack(list(self.steps.values())).sum(0)
 
 
-def draw(config: Config, policy: Policy, prompts: Sequence[Prompt], reward: Reward, seed: int) -> Update:
-    """The first update of a run of this seed, up to its gradient; the policy is left as it was."""
-    start, r = time.perf_counter(), config.rollout
-    config = config.model_copy(update={"seed": seed})
-    slots = prompt_batch(len(prompts), config.prompts_per_update, seed, 0)
-    group = torch.arange(len(slots)).repeat_interleave(config.group_size)
-    cond = RootConditioning(policy.encode([prompts[slot.prompt].text for slot in slots]), group)
-    roots = range(config.group_size)
-    keys = [samplers.Key(seed, "rollout", 0, slot.prompt, slot.occurrence, k) for slot in slots for k in roots]
-    plan = make_plan(config, policy, 0)
+class Drawn(NamedTuple):
+    """A rollout and its rewards.
+
+    tree: of R roots with L leaves each. cond: of the roots. place: (R,) which of the update's prompts a root has.
+    images: (R L, 3, H, W) in [0, 1]. rewards: (R, L), NaN = missing.
+    """
+
+    tree: samplers.Tree
+    cond: RootConditioning
+    place: Tensor
+    images: Tensor
+    rewards: Tensor
+
+
+def roll_out(
+    config: Config,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    slots: Sequence[Slot],
+    plan: samplers.Plan | None = None,
+) -> Drawn:
+    """The first rollout of a run: `config.group_size` images for every slot. plan: instead of the config's."""
+    r = config.rollout
+    if plan is None:
+        plan = make_plan(config, policy.sigmas(r.steps, r.height, r.width), 0)
+    roots = range(plan.roots(config.group_size))
+    place = torch.arange(len(slots)).repeat_interleave(len(roots))
+    cond = RootConditioning(policy.encode([prompts[slot.prompt].text for slot in slots]), place)
+    keys = [samplers.Key(config.seed, "rollout", 0, slot.prompt, slot.occurrence, k) for slot in slots for k in roots]
 
     def predict(x: Tensor, s: Tensor, index: Tensor) -> Tensor:
         return policy.predict(x, s, cond[index], r.guidance)
@@ -131,17 +162,33 @@ def draw(config: Config, policy: Policy, prompts: Sequence[Prompt], reward: Rewa
         init_keys=[key._replace(root=None) for key in keys] if r.shared_noise else keys,
     )  # fmt: skip
     with torch.no_grad():
-        images = torch.cat([policy.decode(part).cpu() for part in tree.leaves.flatten(0, 1).split(r.chunk)])
-    chosen = [prompts[slots[place].prompt] for place in group.tolist()]
-    scored = checked_score(reward, images, [p.text for p in chosen], [p.metadata for p in chosen], group)
-    a = config.advantage
-    advantages = group_advantages(scored.values, group, std=a.std, eps=a.eps, clip=a.clip)
-    credit = leaf_mean(advantages.advantages[:, None], plan, advantages.valid[:, None])
+        images = torch.cat([to_8bit(policy.decode(part)).cpu() for part in tree.leaves.flatten(0, 1).split(r.chunk)])
+    leaves = place.repeat_interleave(len(plan.leaves))
+    chosen = [prompts[slots[number].prompt] for number in leaves.tolist()]
+    scored = checked_score(reward, images, [p.text for p in chosen], [p.metadata for p in chosen], leaves)
+    return Drawn(tree, cond, place, images, scored.values.view(len(keys), -1))
+
+
+def step_gradients(config: Config, policy: Policy, drawn: Drawn) -> dict[int, Tensor]:
+    """The gradient (D,) of a rollout's loss by trained step; the policy is left as it was."""
+    tree, place, roots = drawn.tree, drawn.place, len(drawn.place)
+    credit = assign(
+        config, tree.plan, drawn.rewards, place, prompts=place, rows=torch.arange(roots), total=roots, history=None,
+        reduce=lambda sums: sums,
+    ).credit  # fmt: skip
     edges = (tree.edges.root, tree.edges.node)
-    step = torch.tensor(plan.depths)[tree.states.node]  # each step as an "inner update" of its own
-    batch = Batch(tree, cond, credit.advantages[edges], credit.weights[edges], group, step)
-    gradients = {int(k): gradient(config, policy, batch, int(k)) for k in step.unique()}
-    return Update(gradients, float(scored.values.nanmean()), time.perf_counter() - start)
+    step = torch.tensor(tree.plan.depths)[tree.states.node]  # each step as an "inner update" of its own
+    batch = Batch(tree, drawn.cond, credit.advantages[edges].float(), credit.weights[edges], place, step)
+    return {int(k): gradient(config, policy, batch, int(k)) for k in step.unique()}
+
+
+def draw(config: Config, policy: Policy, prompts: Sequence[Prompt], reward: Reward, seed: int) -> Update:
+    """The first update of a run of this seed, up to its gradient; the policy is left as it was."""
+    start = time.perf_counter()
+    config = config.model_copy(update={"seed": seed})
+    drawn = roll_out(config, policy, prompts, reward, prompt_batch(len(prompts), config.prompts_per_update, seed, 0))
+    gradients = step_gradients(config, policy, drawn)
+    return Update(gradients, float(drawn.rewards.nanmean()), time.perf_counter() - start)
 
 
 def gradient(config: Config, policy: Policy, batch: Batch, part: int) -> Tensor:

@@ -245,7 +245,7 @@ def interleaved(
 
     rounds = []
     for repeat in range(repeats + 1):
-        names = list(runs) if repeat % 2 else list(reversed(runs))
+        names = list(runs) if repeat % 2 else list(runs)[::-1]
         rounds.append({name: seconds(runs[name]) for name in names})
     return {name: tuple(taken[name] for taken in rounds[1:]) for name in runs}
 

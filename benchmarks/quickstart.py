@@ -15,19 +15,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowrl.config import Config, load_config, parse_config, resolved_yaml
+from benchmarks.runs import SESSIONS, Session, launch, prepare, record
+from flowrl.config import Config, load_config, parse_config
 from flowrl.errors import UserError
 from flowrl.runlog import read_jsonl
 from reward_models import load
@@ -35,7 +33,7 @@ from reward_models.protocol import Metadata, Reward, RewardResult, RewardSpec, c
 
 CONTROLS = ("flip", "shuffle")
 MAX_WALL_S, MAX_RSS_MB, AIM = 600.0, 2500.0, 0.10
-SESSIONS, RESULT, TABLE = "sessions.jsonl", "results.json", "results.md"
+RESULT, TABLE = "results.json", "results.md"
 
 
 # --------------------------------------------------------------------------------------------------------- the controls
@@ -104,26 +102,7 @@ class Job:
     config: Config
 
 
-@dataclass(frozen=True)
-class Session:
-    """One process of a run: seconds from start to end, largest resident memory in MB, exit code."""
-
-    seconds: float
-    peak_rss_mb: float
-    exit_code: int
-
-
 Launch = Callable[[list[str]], Session]
-
-
-def launch(arguments: list[str]) -> Session:
-    """Run `python -m flowrl ...` and measure it."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "flowrl", *arguments])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    unit = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # bytes there, KiB elsewhere
-    return Session(time.perf_counter() - start, usage.ru_maxrss / unit, process.returncode)
 
 
 def jobs(config: Config, seeds: Sequence[int], controls: Sequence[str], out: Path) -> list[Job]:
@@ -140,23 +119,15 @@ def jobs(config: Config, seeds: Sequence[int], controls: Sequence[str], out: Pat
 
 def run(job: Job, out: Path, start: Launch = launch) -> None:
     """Bring a run to its end, from wherever it is. UserError when the folder holds another one or the run fails."""
-    path, folder = out / f"{job.name}.yaml", Path(job.config.output_dir)
-    text = resolved_yaml(job.config)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise UserError(
-            f"{path} is of another benchmark; expected the same settings or a new folder; choose another --out"
-        )
-    path.write_text(text, encoding="utf-8")
-    if (folder / "summary.json").exists():
+    arguments = prepare(job.name, job.config, out)
+    if arguments is None:
         return
-    resume = ["--resume"] if (folder / "config.yaml").exists() else []
-    session = start(["train", str(path), *resume])
-    with (out / SESSIONS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"run": job.name, **asdict(session)}) + "\n")
+    session = start(arguments)
+    record(job.name, out, session)
     if session.exit_code:
         raise UserError(
-            f"run {job.name} ended with code {session.exit_code} (see {folder / 'run.log'}); expected 0; "
-            "the same command goes on from its last checkpoint"
+            f"run {job.name} ended with code {session.exit_code} (see {Path(job.config.output_dir) / 'run.log'}); "
+            "expected 0; the same command goes on from its last checkpoint"
         )
 
 

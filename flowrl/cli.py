@@ -244,6 +244,44 @@ def bench_shapes(
     typer.echo(f"written to {out / 'summary.json'}")
 
 
+@bench.command("methods")
+@verb
+def bench_methods(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="METHOD... [KEY=VALUE]...", help="Recipes or YAML files, and settings for all of them."),
+    ],
+    seeds: Annotated[list[str] | None, typer.Option(help="One or more, as in --seeds 0 1 2 (the default).")] = None,
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds of training of each run.")] = 300.0,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: of the CPU time of the run's process.")] = "wall",
+    processes: Annotated[int, typer.Option(min=1, help="Runs at once, each on CPU cores of its own.")] = 1,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Its final score is a target for all; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; the same command goes on there.")] = Path(
+        "runs/methods"
+    ),
+) -> None:
+    """Recipes side by side on the tiny world: same model, prompts, evaluation and seconds of training.
+
+    Example: flowrl bench methods flow_grpo dynamic_tree_rpo --seeds 0 1 2 --budget 300 --out runs/methods
+    """
+    from benchmarks import methods
+
+    # An option takes one value, so the numbers after the first seed arrive among the words.
+    numbers = [*(seeds or ()), *(word for word in words if seeds and word.isdecimal())]
+    names = [word for word in words if word not in numbers]
+    if wrong := [text for text in numbers if not text.isdecimal()]:
+        raise UserError(f"got --seeds {wrong[0]}; expected whole numbers from 0 on, as in --seeds 0 1 2")
+    methods.measure(
+        [name for name in names if "=" not in name], [int(text) for text in numbers] or [0, 1, 2], out,
+        budget_s=budget, clock=clock, processes=processes, baselines=baseline,
+        overrides=[name for name in names if "=" in name], say=typer.echo,
+    )  # fmt: skip
+    typer.echo((out / "table.md").read_text(encoding="utf-8"))
+    typer.echo(f"written to {out / 'summary.json'}, table.md, curves.png and report.html")
+
+
 @app.command()
 @verb
 def report(run: RunFolder) -> None:

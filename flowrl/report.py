@@ -1,8 +1,9 @@
 """`report.html`: one self-contained page that says what got better, what did not, and whether the reward was hacked.
 
 `write_report` reads nothing but the files of the run folder, so a report can be made again at any time, also of a run
-that stopped early: config.yaml, metrics.jsonl, timings.jsonl, summary.json, environment.json, eval_*.jsonl and the PNGs
-that the evaluation rows point to. All text from outside (prompts, reward names, settings) is escaped by the template.
+that stopped early: config.yaml, metrics.jsonl, timings.jsonl, summary.json, environment.json, eval_*.jsonl, the PNGs
+that the evaluation rows point to, and the pictures of trees. All text from outside (prompts, reward names, settings) is
+escaped by the template.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def _content(folder: Path) -> dict[str, Any]:
         "worsened": [card for card in changed if card.change < 0][:CHANGED],
         "prompts_changed": [sum(c.change > 0 for c in changed), sum(c.change < 0 for c in changed), len(changed)],
         "tasks": _tasks(before, after, scores[0]) if scores else None,
+        "trees": _trees(folder),
         "curves": _curves(metrics),
         "cost": _cost(facts, timings),
         "config": config_text.strip(),
@@ -318,6 +320,26 @@ def _open(folder: Path, row: EvalRow) -> Image.Image | None:
             return image.convert("RGB")
     except OSError:  # a damaged picture costs its place on the page, not the page
         return None
+
+
+def _trees(folder: Path) -> list[dict[str, Any]]:
+    """The first and the last picture of `flowrl.tree_sheet` that can be shown; empty where the plan never branched."""
+    paths = sorted((folder / "samples" / "trees").glob("update_*.png"))
+    first = next(filter(None, map(_tree, paths)), None)
+    last = next(filter(None, map(_tree, reversed(paths))), None)
+    return [tree for tree in (first, last if last != first else None) if tree]
+
+
+def _tree(path: Path) -> dict[str, Any] | None:
+    """One picture as a data URL, shown at half its size, with the prompt it holds; None if it is damaged."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            prompt, width = image.info.get("prompt", ""), image.width // 2
+    except OSError:  # as above
+        return None
+    source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return {"number": path.stem.removeprefix("update_").lstrip("0"), "prompt": prompt, "width": width, "source": source}
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------

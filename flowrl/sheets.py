@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 Picture = torch.Tensor | Image.Image
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 MIN_SIDE, MAX_SIDE = 160, 512  # pixels a picture takes up on a sheet
 INK, SOFT, PAPER = "#1b1f24", "#68717b", "#ffffff"
 MARGIN, GAP = 20, 8
@@ -78,11 +79,11 @@ def sheet(
     side = max((max(cell.size) for row in shown for cell in row if cell), default=MIN_SIDE)
     left = [MARGIN + j * (side + GAP) + 2 * GAP * sum(g <= j for g in column_gaps) for j in range(columns)]
     width = max(left[-1] + side + MARGIN if columns else 0, 360)
-    heading, body, small = _font(22), _font(15), _font(13)
+    heading, body, small = font(22), font(15), font(13)
     per_line = max(20, (width - 2 * MARGIN) // 8)  # the body font is about 8 pixels wide
     below = 20 if captions else 0
 
-    blocks: list[tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont, str, int]] = []
+    blocks: list[tuple[str, Font, str, int]] = []
     blocks += [(line, heading, INK, 28) for line in wrap(title, max(12, per_line * 2 // 3))]
     blocks += [(line, small, SOFT, 18) for line in wrap(note, per_line)]
     prompts = [wrap(_one_line(caption), per_line) or [""] for caption in row_captions]
@@ -92,8 +93,8 @@ def sheet(
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
     y = MARGIN
-    for text, font, colour, step in blocks:
-        draw.text((MARGIN, y), text, font=font, fill=colour)
+    for text, face, colour, step in blocks:
+        draw.text((MARGIN, y), text, font=face, fill=colour)
         y += step
     for j, text in enumerate(column_titles):
         draw.text((left[j], y + 2), _fitted(text, side, small), font=small, fill=SOFT)
@@ -150,18 +151,35 @@ def strength_sheet(
     return sheet(pictures, row_captions=prompts, column_titles=labels, captions=captions, title=title, note=note)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> Font:
+    """The typeface of all sheets; it knows the letters of English."""
     return ImageFont.load_default(size)
+
+
+def wrapped(text: str, face: Font, width: float) -> list[str]:
+    """Lines of a text that are at most `width` pixels long; a longer word is cut. White space counts as one space."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if face.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and face.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _fitted(text: str, width: int, face: Font) -> str:
     text = _one_line(text)
-    if font.getlength(text) <= width:
+    if face.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
+    while text and face.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."

@@ -8,6 +8,7 @@ resumed run goes on bit for bit.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,6 +35,7 @@ from flowrl.rewards import load_reward
 from flowrl.run import Run, Stopped
 from flowrl.schema import EvalConfig, NftOptions
 from flowrl.state import State
+from flowrl.tree_sheet import picture
 from flowrl.update import (
     Batch,
     RootConditioning,
@@ -121,6 +123,9 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 found = _assign(config, plan, rewards, roots, state, world)
                 progress = _progress(config, policy, layer_tuning, tree, cond, rewards, place, state, world, run)
                 batch = _batch(config, objective, tree, cond, found, rewards, place, progress)
+                if world.main and _tree_due(config, plan, state):
+                    with torch.no_grad(), policy.weights("old") if on_leaves else nullcontext():
+                        _draw_tree(config, policy, tree, cond, images, rewards, found, chosen, state, run)
                 values = _measure(result, found.advantages, images, chosen, groups, judge, world)
                 if not checked:
                     state.ratio_max_dev = max(state.ratio_max_dev or 0.0, _self_check(config, policy, batch, world))
@@ -221,7 +226,6 @@ def _rollout(
         samplers.Key(config.seed, "rollout", update, slot.prompt, slot.occurrence, k % per_group)
         for k, (_, slot) in enumerate(roots)
     ]
-    init_keys = [key._replace(root=None) for key in keys] if r.shared_noise else keys
 
     def predict(x: Tensor, s: Tensor, index: Tensor) -> Tensor:
         return policy.predict(x, s, cond[index], r.guidance)
@@ -232,7 +236,7 @@ def _rollout(
     def sample(chunk: int) -> samplers.Tree:
         return samplers.rollout(
             predict, plan, keys, latent_shape=policy.latent_shape(r.height, r.width), chunk=chunk,
-            device=policy.device, density=density, init_keys=init_keys,
+            device=policy.device, density=density, init_keys=_init_keys(config, keys),
             prior_std=policy.prior_std, on_chunk=lambda *_: run.check(),
         )  # fmt: skip
 
@@ -314,6 +318,28 @@ def _old_decay(config: Config, update: int) -> float:
     """How much of themselves the sampling weights of DiffusionNFT keep after the update of this number."""
     nft = config.objective.nft or NftOptions()
     return old_decay(max(0, update), nft.decay_rate, 0, nft.decay_max)
+
+
+def _tree_due(config: Config, plan: samplers.Plan, state: State) -> bool:
+    """Whether the coming update is one to draw a tree of: the first one, and those with a sample sheet."""
+    every = config.logging.samples_every
+    return bool(every) and len(plan.leaves) > 1 and (state.update == 0 or (state.update + 1) % every == 0)
+
+
+def _draw_tree(
+    config: Config, policy: Policy, tree: samplers.Tree, cond: RootConditioning, images: Tensor, rewards: Tensor,
+    found: Assigned, prompts: list[Prompt], state: State, run: Run,
+) -> None:  # fmt: skip
+    """The tree of the first root, `samples/trees/update_000020.png`, by the weights that grew it."""
+    picture(
+        run.folder, state.update + 1, policy, tree, cond, config.rollout.guidance, images, rewards.flatten(),
+        found.credit, prompts[0].text, init_keys=_init_keys(config, tree.keys), chunk=run.chunk,
+    )  # fmt: skip
+
+
+def _init_keys(config: Config, keys: Sequence[samplers.Key]) -> list[samplers.Key]:
+    """Keys of the initial noise; images of a group with shared noise have one in common."""
+    return [key._replace(root=None) for key in keys] if config.rollout.shared_noise else list(keys)
 
 
 def _follow_success(config: Config, state: State, rewards: Tensor, world: World) -> None:

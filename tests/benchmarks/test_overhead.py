@@ -85,7 +85,7 @@ def test_the_bare_update_reaches_the_trained_weights(policy: PipelinePolicy) -> 
 
 
 def test_batches_must_be_multiples_of_eight(policy: PipelinePolicy) -> None:
-    with pytest.raises(UserError, match="multiples of 8"):
+    with pytest.raises(UserError, match="multiple of 8"):
         overhead.Bench(recipe(), policy, batch=12)
 
 

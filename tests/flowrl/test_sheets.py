@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowrl.sheets import before_after_sheet, save_png, sheet, strength_sheet, to_pil, visible
+from flowrl.sheets import before_after_sheet, font, save_png, sheet, strength_sheet, to_pil, visible, wrapped
 
 
 def noise(seed, size=64):
@@ -102,3 +102,13 @@ def test_errors_name_the_trouble():
         sheet([[noise(0)]], row_captions=["a", "b"], column_titles=["x"])
     with pytest.raises(ValueError, match="one title per column"):
         sheet([[noise(0)]], row_captions=["a"], column_titles=["x", "y"])
+
+
+def test_wrapped_lines_fit_and_lose_no_letter():
+    face = font(20)
+    text = "some  words\nand " + "W" * 60 + " and one more"
+    for width in (60, 150, 400):
+        lines = wrapped(text, face, width)
+        assert all(face.getlength(line) <= width for line in lines)
+        assert "".join(lines).replace(" ", "") == "".join(text.split())
+    assert wrapped("some words and more", face, 1000) == ["some words and more"] and wrapped(" ", face, 60) == []
