@@ -61,7 +61,7 @@ _ALL, _EARLY = "rollout.window=null", "rollout.window={size: 2, low: 2, high: 4}
 SETTINGS: dict[str, tuple[str, ...]] = {
     "flow, all steps": (*_FLOW, _ALL),
     "flow, steps 2 and 3": (*_FLOW, _EARLY),
-    "cps unscaled, steps 2 and 3": (*_CPS, _EARLY),  # the quickstart's
+    "cps unscaled, steps 2 and 3": (*_CPS, _EARLY),  # as in flow_grpo_fast/tiny_sd3
     "dance, all steps": (*_DANCE, _ALL),
 }
 
@@ -370,7 +370,7 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the config of all settings.")
     ] = None,
-    config: Annotated[str, typer.Option(help="A YAML file or the name of a shipped config.")] = "quickstart",
+    config: Annotated[str, typer.Option(help="A YAML file or the name of a shipped config.")] = "flow_grpo_fast/tiny_sd3",
     setting: Annotated[
         list[str] | None,
         typer.Option(help='"NAME: KEY=VALUE ...", instead of the built-in settings; repeat it to compare several.'),
@@ -382,7 +382,7 @@ def main(
     """Mean cosine between the gradients of independent updates: the signal's share of a gradient.
 
     Built-in settings: flow with all steps, flow in steps 2 and 3, cps without its
-    scale in steps 2 and 3 (the quickstart's), dance. They take about ten minutes
+    scale in steps 2 and 3 (as in flow_grpo_fast/tiny_sd3), dance. They take about ten minutes
     on one quiet core. A setting "NAME:" without overrides is the config as it is.
 
     Example: python -m benchmarks.gradient_signal --updates 6 --out signal.json

@@ -60,7 +60,7 @@ class Process(Protocol):
 
     def poll(self) -> Session | None: ...
 
-    def end(self) -> Session: ...
+    def stop(self) -> None: ...
 
 
 Start = Callable[[list[str], Path, Sequence[int] | None], Process]
@@ -85,8 +85,8 @@ def jobs(
     """All runs, seed by seed.
 
     Raises:
-        UserError: there is no method, a config or an override cannot be used, two methods have one name, or they would not be compared on
-            the same model, prompts and evaluation.
+        UserError: there is no method, a config or an override cannot be used, two methods have one name, or they would
+            not be compared on the same model, prompts and evaluation.
     """
     for override in overrides:
         if (key := override.partition("=")[0]) in OPTIONS:
@@ -152,35 +152,37 @@ def run_all(
 ) -> dict[str, int]:  # fmt: skip
     """Bring all runs to their end, `len(places)` at once. Returns the exit codes of those that failed.
 
-    A run that fails ends none of the others; a signal ends all, with their state saved.
+    A run that fails ends none of the others. SIGTERM and Ctrl-C end all, with their state saved, and then this process
+    with code 143 or 130.
     """
     for job in todo:
         runs.check(job.name, job.config, out)
     waiting = [(job, arguments) for job in todo if (arguments := runs.prepare(job.name, job.config, out)) is not None]
     if kept := len(todo) - len(waiting):
         say(f"{kept} of {len(todo)} runs are finished already")
-    free, going, failed, walls = list(places), {}, {}, []  # type: ignore[var-annotated]
+    free, failed = list(places), {}  # type: ignore[var-annotated]
+    going: dict[str, tuple[Job, Process, Sequence[int] | None]] = {}
+    walls: list[float] = []
     said = time.monotonic()
 
-    def record(job: Job, session: Session) -> None:
-        pinned = all(cores is not None for cores in places)
-        runs.record(job.name, out, session, method=job.method, processes=len(places), pinned=pinned)
+    def take_ended() -> Iterator[tuple[Job, Session]]:
+        for job, process, cores in list(going.values()):
+            if session := process.poll():
+                del going[job.name]
+                free.append(cores)
+                pinned = cores is not None
+                runs.record(job.name, out, session, method=job.method, processes=len(places), pinned=pinned)
+                yield job, session
 
-    with _ended_by_signal():
+    with _signals() as got:
         try:
-            while waiting or going:
+            while (waiting or going) and not got:
                 while waiting and free:
                     (job, arguments), cores = waiting.pop(0), free.pop(0)
                     say(f"{job.name}: {'continued' if '--resume' in arguments else 'started'}")
                     going[job.name] = job, start(arguments, out / f"{job.name}.log", cores), cores
                 time.sleep(LOOK_S)
-                for job, process, cores in list(going.values()):
-                    session = process.poll()
-                    if session is None:
-                        continue
-                    del going[job.name]
-                    free.append(cores)
-                    record(job, session)
+                for job, session in take_ended():
                     if session.exit_code:
                         failed[job.name] = session.exit_code
                         say(f"{job.name}: FAILED with code {session.exit_code}, see {out / f'{job.name}.log'}")
@@ -191,10 +193,19 @@ def run_all(
                 if going and time.monotonic() - said > SAY_S:
                     said = time.monotonic()
                     state = "; ".join(f"{job.name} {standing(job)}" for job, _, _ in going.values())
-                    say(f"{state}; {len(waiting)} more wait{_left(going, waiting, walls, len(places))}")
-        finally:
-            for job, process, _ in going.values():
-                record(job, process.end())
+                    say(f"{state}; {len(waiting)} more wait{_left(len(going), len(waiting), walls, len(places))}")
+        finally:  # also where the table cannot be written: no run is left behind
+            asked = -1
+            while going:
+                if asked < len(got):  # once, and again at every further signal, at which a run stops at once
+                    asked = len(got)
+                    for _, process, _ in going.values():
+                        process.stop()
+                time.sleep(LOOK_S)
+                list(take_ended())
+    if got:
+        say("stopped, everything is saved; the same command goes on")
+        raise SystemExit(128 + got[0])
     return failed
 
 
@@ -207,26 +218,26 @@ def standing(job: Job) -> str:
     return trained + ("" if score is None else f", last score {score:.3f}")
 
 
-def _left(going: dict[str, Any], waiting: Sequence[Any], walls: Sequence[float], processes: int) -> str:
+def _left(going: int, waiting: int, walls: Sequence[float], processes: int) -> str:
     """The time left, once a run has shown how long one takes; those that go on count as half done."""
     if not walls:
         return ""
-    runs_left = len(waiting) + len(going) / 2
-    return f", about {duration(runs_left * sum(walls) / len(walls) / processes)} left"
+    return f", about {duration((waiting + going / 2) * sum(walls) / len(walls) / processes)} left"
 
 
 @contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, with exit code 143."""
-
-    def end(*_: object) -> None:
-        raise SystemExit(143)
-
-    before = signal.signal(signal.SIGTERM, end)
+def _signals() -> Iterator[list[int]]:
+    """The SIGTERMs and SIGINTs that came within the block. They are noted and interrupt nothing, so that no run is
+    started and forgotten.
+    """
+    got: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: got.append(number)) for number in numbers]
     try:
-        yield
+        yield got
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------- the result

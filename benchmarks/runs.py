@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,33 +35,36 @@ class Session:
 
 @dataclass
 class Running:
-    """A process that was started and has not been waited for."""
+    """A process that was started. Only `poll` and `wait` may wait for it, so that its memory is measured."""
 
     process: subprocess.Popen[bytes]
     started: float
+    session: Session | None = None
 
     def poll(self) -> Session | None:
-        """What it came to, or None while it runs. Not to be asked again afterwards."""
-        return self._reap(os.WNOHANG)
+        """What it came to, or None while it runs."""
+        return self._look(os.WNOHANG)
 
     def wait(self) -> Session:
         """Wait for its end."""
-        found = self._reap(0)
+        found = self._look(0)
         assert found is not None  # without WNOHANG wait4 returns the process
         return found
 
-    def end(self) -> Session:
-        """Ask it to save its state and stop, and wait until it has."""
-        self.process.terminate()
-        return self.wait()
+    def stop(self) -> None:
+        """Ask it to save its state and stop; asked again, it stops at once."""
+        if self.session is None:
+            os.kill(self.process.pid, signal.SIGTERM)  # Popen.terminate would wait for one that has just ended
 
-    def _reap(self, options: int) -> Session | None:
-        pid, status, usage = os.wait4(self.process.pid, options)
-        if pid == 0:
-            return None
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        unit = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # bytes there, KiB elsewhere
-        return Session(time.perf_counter() - self.started, usage.ru_maxrss / unit, self.process.returncode)
+    def _look(self, options: int) -> Session | None:
+        if self.session is None:
+            pid, status, usage = os.wait4(self.process.pid, options)
+            if pid:
+                self.process.returncode = os.waitstatus_to_exitcode(status)
+                unit = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # bytes there, KiB elsewhere
+                seconds = time.perf_counter() - self.started
+                self.session = Session(seconds, usage.ru_maxrss / unit, self.process.returncode)
+        return self.session
 
 
 def launch(arguments: list[str]) -> Session:
@@ -73,7 +77,7 @@ def start(arguments: list[str], log: Path, cores: Sequence[int] | None) -> Runni
     """Start `python -m flowrl ...` in the background.
 
     log: file that its output is appended to. cores: numbers of the CPU cores it is kept on, None for any. It has a
-    process group of its own, so that Ctrl-C ends it only through `Running.end`: once, and with its state saved.
+    process group of its own, so that Ctrl-C reaches it only through `Running.stop`, and its state is saved.
     """
     began = time.perf_counter()
     with log.open("ab") as file:

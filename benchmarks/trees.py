@@ -28,6 +28,7 @@ from flowrl.cli import verb
 from flowrl.config import Config, load_config
 from flowrl.policies import PipelinePolicy
 
+CONFIG = "flow_grpo/tiny_sd3"  # plain trajectories, to which every plan adds what makes it one
 BASE = ("rollout.steps=10", "group_size=16")
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Measurements of each; one mor
 @verb
 def forwards(
     overrides: Changes = None,
-    config: Settings = "quickstart",
+    config: Settings = CONFIG,
     trees: Annotated[int, typer.Option(min=1, help="Groups of 16 images drawn and trained at once.")] = 8,
     repeats: Repeats = 7,
     clock: Clock = "wall",
@@ -71,7 +72,7 @@ def forwards(
 @verb
 def overhead(
     overrides: Changes = None,
-    config: Settings = "quickstart",
+    config: Settings = CONFIG,
     repeats: Repeats = 9,
     clock: Clock = "wall",
     quick: Quick = False,
@@ -91,7 +92,7 @@ def overhead(
 @verb
 def diversity(
     overrides: Changes = None,
-    config: Settings = "quickstart",
+    config: Settings = CONFIG,
     prompts: Annotated[int, typer.Option(min=2, help="Prompts, with a group of images each.")] = 24,
     quick: Quick = False,
     out: Out = None,
@@ -110,7 +111,7 @@ def diversity(
 @verb
 def noise(
     overrides: Changes = None,
-    config: Settings = "quickstart",
+    config: Settings = CONFIG,
     updates: Annotated[int, typer.Option(min=FEWEST, help="Updates drawn for each schedule.")] = 12,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of an update, with a tree of 16 images each.")] = 8,
     quick: Quick = False,

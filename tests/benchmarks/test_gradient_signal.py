@@ -112,22 +112,22 @@ def test_a_random_window_counts_its_steps(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- settings
 @pytest.mark.parametrize("overrides", gradient_signal.SETTINGS.values(), ids=gradient_signal.SETTINGS)
-def test_the_built_in_settings_fit_the_quickstart(overrides: tuple[str, ...]) -> None:
-    found = gradient_signal.configure(load_config("quickstart"), overrides)
+def test_the_built_in_settings_fit_the_default_recipe(overrides: tuple[str, ...]) -> None:
+    found = gradient_signal.configure(load_config("flow_grpo_fast/tiny_sd3"), overrides)
     given = dict(override.split("=", 1) for override in overrides)
     assert (found.rollout.kernel, found.rollout.density) == (given["rollout.kernel"], given["rollout.density"])
     assert (found.rollout.window is None) == (given["rollout.window"] == "null")
 
 
 def test_a_kernel_comes_with_its_level() -> None:
-    base = load_config("quickstart")
+    base = load_config("flow_grpo_fast/tiny_sd3")
     assert gradient_signal.configure(base, ["rollout.kernel=precise"]).rollout.level == 1.5
     assert gradient_signal.configure(base, ["rollout.kernel=precise", "rollout.level=0.4"]).rollout.level == 0.4
     assert gradient_signal.configure(base, ["rollout.steps=6"]).rollout.level == base.rollout.level
 
 
-def test_one_of_them_is_the_quickstart() -> None:
-    base = load_config("quickstart")
+def test_one_of_them_is_flow_grpo_fast() -> None:
+    base = load_config("flow_grpo_fast/tiny_sd3")
     configs = [gradient_signal.configure(base, overrides) for overrides in gradient_signal.SETTINGS.values()]
     assert configs.count(base) == 1
 
@@ -143,11 +143,11 @@ def test_mistakes_in_settings_are_explained() -> None:
         "b": (),
     }
     with pytest.raises(UserError, match="rollout.kernel"):
-        gradient_signal.configure(load_config("quickstart"), ["rollout.kernel=ode"])
+        gradient_signal.configure(load_config("flow_grpo_fast/tiny_sd3"), ["rollout.kernel=ode"])
     with pytest.raises(UserError, match="rollout"):
-        gradient_signal.configure(load_config("quickstart"), ["rollout=3"])
+        gradient_signal.configure(load_config("flow_grpo_fast/tiny_sd3"), ["rollout=3"])
     with pytest.raises(UserError, match="loss scale"):
-        gradient_signal.load(load_config("quickstart", ["policy.dtype=float16"]))
+        gradient_signal.load(load_config("flow_grpo_fast/tiny_sd3", ["policy.dtype=float16"]))
 
 
 # --------------------------------------------------------------------------------------------------------- command line

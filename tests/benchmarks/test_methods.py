@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -232,7 +235,7 @@ class Fake:
     """Stands for a process: it ends with `code` at the n-th look, leaving a finished run if that is 0."""
 
     def __init__(self, looks: int, code: int, leave: Callable[[], object]) -> None:
-        self.looks, self.code, self.leave, self.ended = looks, code, leave, False
+        self.looks, self.code, self.leave, self.stops = looks, code, leave, 0
 
     def poll(self) -> Session | None:
         self.looks -= 1
@@ -242,9 +245,8 @@ class Fake:
             self.leave()
         return Session(10.0, 100.0, self.code)
 
-    def end(self) -> Session:
-        self.ended = True
-        return Session(1.0, 100.0, 143)
+    def stop(self) -> None:
+        self.stops, self.looks, self.code = self.stops + 1, 1, 143
 
 
 class Runner:
@@ -360,21 +362,19 @@ def test_a_run_that_fails_costs_no_other_run(tmp_path: Path, recipe: Path) -> No
     assert "mine-1" in (out / "report.html").read_text()
 
 
+def at_third_look(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object]) -> None:
+    looks = iter(range(10**6))
+    monkeypatch.setattr(methods.time, "sleep", lambda _: then() if next(looks) == 3 else None)
+
+
 def test_an_interruption_ends_the_runs_and_the_next_start_resumes_them(
     tmp_path: Path, recipe: Path, four_cores: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, runner = tmp_path / "out", Runner(looks=lambda name: 1000)
-    looks = iter(range(100))
-
-    def sleep(_: float) -> None:
-        if next(looks) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(methods.time, "sleep", sleep)
-        with pytest.raises(KeyboardInterrupt):
-            measured(recipe, out, runner, processes=2)
-    assert all(fake.ended for fake in runner.made.values()) and len(runner.made) == 2
+    at_third_look(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        measured(recipe, out, runner, processes=2)
+    assert [fake.stops for fake in runner.made.values()] == [1, 1]
     codes = [json.loads(line)["exit_code"] for line in (out / runs.SESSIONS).read_text().splitlines()]
     assert codes == [143, 143]
     for name in runner.made:
@@ -465,8 +465,49 @@ def test_a_process_is_started_on_its_core_logged_and_ended(tmp_path: Path) -> No
     running = runs.start(["--version"], tmp_path / "log", None)
     session = running.wait()
     assert session.exit_code == 0 and "flowrl" in (tmp_path / "log").read_text()
-    ended = runs.start(["doctor"], tmp_path / "log", None).end()
-    assert ended.exit_code in (-15, 143)
+    assert running.poll() == running.wait() == session  # it is waited for once
+    running.stop()  # nobody is left to be asked
+    ending = runs.start(["doctor"], tmp_path / "log", None)
+    ending.stop()
+    assert ending.wait().exit_code in (-15, 143)
+
+
+def test_a_second_signal_is_handed_on(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy(Fake):
+        def stop(self) -> None:
+            self.stops += 1
+            if self.stops == 1:
+                signal.raise_signal(signal.SIGTERM)  # the person asks once more while the state is being saved
+            else:
+                self.looks, self.code = 1, 143
+
+    made = [Busy(1000, 0, lambda: None)]
+    at_third_look(monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        measured(recipe, tmp_path / "out", lambda *_: made[0])
+    assert made[0].stops == 2
+
+
+def test_an_error_of_the_benchmark_leaves_no_run_behind(tmp_path: Path, recipe: Path, four_cores: None) -> None:
+    runner = Runner(looks=lambda name: 1000 if name == "flow_grpo-1" else 1)
+    (tmp_path / "out" / "table.md").mkdir(parents=True)  # it cannot be written
+    with pytest.raises(IsADirectoryError):
+        measured(recipe, tmp_path / "out", runner, processes=2)
+    assert runner.made["flow_grpo-1"].stops == 1
+
+
+def test_sigterm_ends_the_runs_of_a_real_benchmark(tmp_path: Path, recipe: Path) -> None:
+    """Two signals in a row to the command itself: its run is gone, and recorded, when it returns."""
+    out = tmp_path / "out"
+    words = ["bench", "methods", str(recipe), "--seeds", "0", "--out", str(out), FEW]
+    command = subprocess.Popen([sys.executable, "-m", "flowrl", *words], stdout=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    assert "mine-0: started" in command.stdout.readline()
+    command.send_signal(signal.SIGTERM)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(120) == 143
+    (session,) = [json.loads(line) for line in (out / runs.SESSIONS).read_text().splitlines()]
+    assert session["exit_code"] in (-15, 143)
 
 
 def test_real_runs_of_two_methods_on_a_small_world(tmp_path: Path) -> None:
@@ -474,8 +515,8 @@ def test_real_runs_of_two_methods_on_a_small_world(tmp_path: Path) -> None:
     made: dict[str, Config] = {}
     for name, rate in (("good", 0.05), ("still", 1e-9)):
         config = gaussian_runs.config(
-            tmp_path, gaussian_runs.evaluated(tmp_path), "clock=cpu", "eval.every_s=0.2", "budget_s=0.8", "updates=5000",
-            f"optimizer.lr={rate}", "checkpoint.every=0", f"output_dir={tmp_path / name}-0",
+            tmp_path, gaussian_runs.evaluated(tmp_path), "clock=cpu", "eval.every_s=0.2", "budget_s=0.8",
+            "updates=5000", f"optimizer.lr={rate}", "checkpoint.every=0", f"output_dir={tmp_path / name}-0",
         )  # fmt: skip
         train(config, policy=GaussianPolicy(2))
         made[name] = config

@@ -36,7 +36,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> PipelinePolicy:
 
 
 def recipe(*overrides: str) -> Config:
-    return load_config("quickstart", [*trees.BASE, *SMALL, *overrides])
+    return load_config(trees.CONFIG, [*trees.BASE, *SMALL, *overrides])
 
 
 def rows_of(policy: PipelinePolicy, run: Callable[[], object]) -> list[int]:
@@ -199,7 +199,7 @@ NAMED = [(part, name) for part, rows in ALL.items() for name in rows]
 
 @pytest.mark.parametrize(("part", "name"), NAMED, ids=[f"{part}: {name}" for part, name in NAMED])
 def test_built_in_plans_make_groups_of_16(part: str, name: str) -> None:
-    config = configure(load_config("quickstart", trees.BASE), ALL[part][name])
+    config = configure(load_config(trees.CONFIG, trees.BASE), ALL[part][name])
     sigmas = samplers.sd3_sigmas(10)
     plan = make_plan(config, sigmas, 0)
     assert plan.roots(config.group_size) * len(plan.leaves) == 16
@@ -211,7 +211,7 @@ def test_built_in_plans_make_groups_of_16(part: str, name: str) -> None:
 
 @pytest.mark.parametrize("part", ["schedule of cps 0.5", *tree_diversity.SCHEDULES])
 def test_schedules_have_one_budget(part: str) -> None:
-    base = load_config("quickstart", trees.BASE)
+    base = load_config(trees.CONFIG, trees.BASE)
     found = [
         tree_diversity.alone(make_plan(configure(base, overrides), samplers.sd3_sigmas(10), 0)).level
         for overrides in ALL[part].values()

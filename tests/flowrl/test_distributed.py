@@ -92,6 +92,31 @@ def test_three_processes_and_a_prompt_that_comes_twice(tmp_path):
     same_log(*compare(tmp_path, ["updates=2", "prompts_per_update=7"], size=3))
 
 
+STRUCTURES = {
+    "trees, history and imitation": [
+        "rollout={steps: 6, window: {size: 2, high: 5, move: progressive, every: 1}, tree: {branch: 2}, "
+        "levels: {shape: growth, reward_driven: {memory: 0.5}}}",
+        "advantage={std: history, updates: 2}", "credit={rule: depth_z_score, shrink: 2.0, floor: 0.01}",
+        "objective.layer_tuning={weight: 0.5}",
+    ],
+    "forks and their best and worst": [
+        "rollout.fork={branches: 4, first: 3, last: 5}", "advantage={std: history, updates: 2}",
+        "credit={select: branch_best_worst, threshold: 0.2}",
+    ],
+    "DiffusionNFT": ["rollout.kernel=ode", "objective={name: nft, nft: {decay_rate: 0.1}, kl: {weight: 0.1}}"],
+    "trajectory balance": [
+        "rollout.tree={at: [0, 2], branch: 2, noise: splits}", "objective={name: tmpo, tmpo: {beta: 1.0}}",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structures(tmp_path, name):
+    """Five groups on two processes, several optimizer steps per rollout, missing rewards."""
+    options = ["updates=3", "prompts_per_update=5", "optimizer.epochs=2", "reward=gaussian_runs:with_gaps"]
+    same_log(*compare(tmp_path, [*options, *STRUCTURES[name]]))
+
+
 def test_a_network(tmp_path):
     """A small SD3 with LoRA: model calls have other shapes on two processes."""
     options = [

@@ -162,6 +162,19 @@ MOMENTS = {  # name -> (whose function, its name, before its how-manieth call th
 }
 
 
+def signal_at_call(patch, owner, name: str, call: int, number: int) -> None:
+    """This process gets the signal right before the `call`-th call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def signalling(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    patch.setattr(owner, name, signalling)
+
+
 def test_signals_save_and_stop(tmp_path, monkeypatch):
     """Whenever the signal comes, the state of a boundary is saved, and the rest is as if nothing had happened."""
     short = [*OPTIONS, "updates=3", "checkpoint.every=0"]
@@ -169,18 +182,10 @@ def test_signals_save_and_stop(tmp_path, monkeypatch):
     for when, (owner, name, call, boundary, number) in MOMENTS.items():
         folder = tmp_path / when
         settings = config(folder, *short, evaluated(folder))
-        original, calls = getattr(owner, name), []
-
-        def signalling(*arguments, original=original, calls=calls, call=call, number=number, **options):
-            calls.append(1)
-            if len(calls) == call:
-                os.kill(os.getpid(), number)
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, signalling)
-        with pytest.raises(Stopped, match="everything is saved; continue with --resume") as stopped:
-            train(settings, policy=GaussianPolicy())
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            signal_at_call(patch, owner, name, call, number)
+            with pytest.raises(Stopped, match="everything is saved; continue with --resume") as stopped:
+                train(settings, policy=GaussianPolicy())
         assert stopped.value.exit_code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
         found = load_latest(folder / "run" / "checkpoints")
         assert (found.step if found else 0) == boundary, when
@@ -188,6 +193,54 @@ def test_signals_save_and_stop(tmp_path, monkeypatch):
         assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)  # ours are gone again
         train(settings, resume=True, policy=GaussianPolicy())
         assert result(folder / "run") == result(tmp_path / "whole" / "run"), when
+
+
+# What moves from update to update, and what is remembered from one to the next.
+STRUCTURES = {
+    "sliding window with a coarse tail": [
+        "rollout={steps: 8, tail: {fraction: 0.5}, "
+        "window: {size: 2, high: 6, move: progressive, every: 3, decay: 0.5, decay_from: 1}}",
+    ],
+    "moving fork and history": [
+        "rollout={steps: 6, kernel: ddim, fork: {branches: 3, first: 3, last: 6}}",
+        "objective.measured_with.kernel=ddim",
+        "advantage={std: history, updates: 2}", "credit={select: branch_best_worst, threshold: 0.2}",
+    ],
+    "moving splits and levels that follow the reward": [
+        "rollout.tree={at: [0, 2], moves_to: [1, 3], branch: [3, 2], noise: splits}",
+        "rollout.levels={shape: splits, values: [0.5, 0.9], reward_driven: {memory: 0.5}}",
+    ],
+    "pruned depths and leaves": [
+        "rollout.tree={at: [0, 1], branch: [3, 2], untrained_depths: [3, 4], depths_every: 2, depths_stop: 2}",
+        "credit={rule: depth_z_score, select: better_half}",
+    ],
+    "weights that sample for DiffusionNFT": [
+        "rollout.kernel=ode", "objective={name: nft, nft: {decay_rate: 0.1, times: 2}}",
+    ],
+    "weights that sampled for GRPO-Guard": ["objective={name: guard, clip_range: 0.2}", "optimizer.epochs=2"],
+    "fading imitation": [
+        "rollout.window={size: 1, high: 4}", "rollout.tree={branch: 2}",
+        "objective.layer_tuning={weight: 0.5, decay: 6}",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_moving_parts_and_memories(tmp_path, monkeypatch, name):
+    """Stopped in the fourth and in the sixth of eight updates."""
+    overrides = [*OPTIONS[1:3], "updates=8", "checkpoint.every=0", "optimizer.inner_updates=2", *STRUCTURES[name]]
+    overrides += ["ema={decay: 0.8}", "reward=gaussian_runs:with_gaps"]
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    whole, stopped = (config(folder, *overrides, evaluated(folder)) for folder in folders)
+    train(whole, policy=GaussianPolicy())
+    for calls, resume in ((4, False), (3, True)):
+        with monkeypatch.context() as patch:
+            signal_at_call(patch, trainer, "_score", calls, signal.SIGTERM)
+            with pytest.raises(Stopped):
+                train(stopped, resume=resume, policy=GaussianPolicy())
+    assert load_latest(folders[1] / "run" / "checkpoints").step == 5
+    train(stopped, resume=True, policy=GaussianPolicy())
+    assert result(folders[1] / "run") == result(folders[0] / "run")
 
 
 # ------------------------------------------------------------------------------------------------- the command line
