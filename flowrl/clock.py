@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -24,6 +26,13 @@ class TrainingClock:
     def start(self) -> None:
         """Begin an update."""
         self._started = self._now()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        before = self._now()
+        yield
+        self._started += self._now() - before
 
     def stop(self) -> float:
         """End of an update; returns the seconds trained so far."""

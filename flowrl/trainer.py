@@ -123,9 +123,10 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 found = _assign(config, plan, rewards, roots, state, world)
                 progress = _progress(config, policy, layer_tuning, tree, cond, rewards, place, state, world, run)
                 batch = _batch(config, objective, tree, cond, found, rewards, place, progress)
-                if world.main and _tree_due(config, plan, state):
-                    with torch.no_grad(), policy.weights("old") if on_leaves else nullcontext():
-                        _draw_tree(config, policy, tree, cond, images, rewards, found, chosen, state, run)
+                if _tree_due(config, plan, state):
+                    with clock.paused(), world.together():
+                        if world.main:
+                            _draw_tree(config, policy, tree, cond, images, rewards, found, chosen, state, run)
                 values = _measure(result, found.advantages, images, chosen, groups, judge, world)
                 if not checked:
                     state.ratio_max_dev = max(state.ratio_max_dev or 0.0, _self_check(config, policy, batch, world))
@@ -331,10 +332,11 @@ def _draw_tree(
     found: Assigned, prompts: list[Prompt], state: State, run: Run,
 ) -> None:  # fmt: skip
     """The tree of the first root, `samples/trees/update_000020.png`, by the weights that grew it."""
-    picture(
-        run.folder, state.update + 1, policy, tree, cond, config.rollout.guidance, images, rewards.flatten(),
-        found.credit, prompts[0].text, init_keys=_init_keys(config, tree.keys), chunk=run.chunk,
-    )  # fmt: skip
+    with torch.no_grad(), policy.weights("old") if config.objective.name == "nft" else nullcontext():
+        picture(
+            run.folder, state.update + 1, policy, tree, cond, config.rollout.guidance, images, rewards.flatten(),
+            found.credit, prompts[0].text, init_keys=_init_keys(config, tree.keys), chunk=run.chunk,
+        )  # fmt: skip
 
 
 def _init_keys(config: Config, keys: Sequence[samplers.Key]) -> list[samplers.Key]:

@@ -16,8 +16,10 @@ import typer
 
 from flowrl import train
 from flowrl.cli import app
-from flowrl.config import load_config, shipped_config, valid_names
+from flowrl.config import load_config, shipped_config, shipped_configs, valid_names
+from flowrl.planning import make_plan
 from flowrl.policies.gaussian import GaussianPolicy
+from samplers import sd3_sigmas
 
 ROOT = Path(__file__).parent.parent
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -172,9 +174,20 @@ def test_quoted_messages_are_those_of_the_code() -> None:
         assert message in source, f"no message says {message!r}"
 
 
-def test_every_logged_number_is_explained(tmp_path: Path) -> None:
+LOGGING = {  # what makes a run log more than the others
+    "evaluation": [],
+    "history": ["advantage.std=history"],
+    "imitation": ["objective.layer_tuning={}"],
+    **{name: [f"objective={{name: {name}}}"] for name in ("guard", "dppo", "tmpo")},
+    "nft": ["objective={name: nft, kl: {weight: 0.1}}", "rollout.kernel=ode"],
+}
+
+
+@pytest.mark.parametrize("options", LOGGING.values(), ids=LOGGING)
+def test_every_logged_number_is_explained(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowrl.report.write_report", lambda folder: folder / "report.html")
     config = gaussian_runs.config(
-        tmp_path, "updates=1", "objective.kl.weight=0.1", gaussian_runs.evaluated(tmp_path), "eval.every=1"
+        tmp_path, "updates=1", "objective.kl.weight=0.1", gaussian_runs.evaluated(tmp_path), "eval.every=1", *options
     )
     train(config, policy=GaussianPolicy(2))
     table = (ROOT / "docs" / "flow_grpo.md").read_text(encoding="utf-8").partition("## What is logged")[2]
@@ -183,3 +196,25 @@ def test_every_logged_number_is_explained(tmp_path: Path) -> None:
         row = json.loads((tmp_path / "run" / file).read_text().splitlines()[0])
         for name in set(row) - {"update", "alarms"}:
             assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+
+
+METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+PLANS = re.findall(r"^Plan of `([\w/]+)`[^\n]*:\n\n```text\n(.*?)\n```", METHODS, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "drawing"), PLANS, ids=[name for name, _ in PLANS])
+def test_plans_are_those_of_the_recipes(name: str, drawing: str) -> None:
+    config = load_config(name)
+    plan = make_plan(config, sd3_sigmas(config.rollout.steps), 0)
+    assert plan.describe(plan.roots(config.group_size)) == drawing
+
+
+def test_every_method_is_in_the_table_and_on_the_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    methods = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
+    assert len(methods) >= 15
+    for method in methods:
+        assert f"configs/{method}/" in readme, f"the README's table has no recipe of {method}"
+        drawn = any(name.startswith(f"{method}/") for name, _ in PLANS)
+        loss = {"grpo_guard": "guard", "flow_dppo": "dppo"}.get(method)  # these have the plan of Flow-GRPO
+        assert drawn or method == "flow_grpo" or (loss and f"`objective.name: {loss}`" in METHODS), method

@@ -161,7 +161,7 @@ def summary(gain: list[float], judge: list[float] | None, wall: float = 100.0, p
 @pytest.mark.parametrize(
     ("kind", "gain", "met"),
     [
-        ("seed", [0.01, 0.3], True),
+        ("seed", [0.06, 0.3], True),
         ("seed", [-0.01, 0.3], False),
         ("flip", [-0.3, -0.01], True),
         ("flip", [-0.3, 0.01], False),
@@ -186,15 +186,15 @@ def test_targets_of_a_seed(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
 
     def targets(**changes: Any) -> dict[str, Any]:
-        given = {"gain": [0.05, 0.15], "judge": [-0.02, 0.0], **changes}
+        given = {"gain": [0.06, 0.26], "judge": [-0.02, 0.0], **changes}
         (folder / "summary.json").write_text(json.dumps(summary(**given)))
         return quickstart.row(one, out)["targets"]
 
-    assert targets() == {"direction": True, "aim": True, "judge": True, "wall": True, "memory": True}
-    assert targets(gain=[0.05, 0.14])["aim"] is False
+    assert targets() == {"direction": True, "gain": True, "judge": True, "wall": True, "memory": True}
+    assert targets(gain=[0.06, 0.22])["gain"] is False and targets(gain=[0.04, 0.40])["gain"] is False
     assert targets(judge=[-0.02, -0.01])["judge"] is False
     assert targets(judge=None)["judge"] is None
-    assert targets(wall=601.0)["wall"] is False
+    assert targets(wall=481.0)["wall"] is False
     assert targets(peak=2501.0)["memory"] is False
     (out / "sessions.jsonl").write_text(
         '{"run": "seed-0", "seconds": 400, "peak_rss_mb": 900, "exit_code": 143}\n'
