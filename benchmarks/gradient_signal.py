@@ -370,7 +370,7 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the config of all settings.")
     ] = None,
-    config: Annotated[str, typer.Option(help="A YAML file or the name of a shipped config.")] = "flow_grpo_fast/tiny_sd3",
+    config: Annotated[str, typer.Option(help="A YAML file or a shipped config.")] = "flow_grpo_fast/tiny_sd3",
     setting: Annotated[
         list[str] | None,
         typer.Option(help='"NAME: KEY=VALUE ...", instead of the built-in settings; repeat it to compare several.'),

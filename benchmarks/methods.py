@@ -160,7 +160,8 @@ def run_all(
     waiting = [(job, arguments) for job in todo if (arguments := runs.prepare(job.name, job.config, out)) is not None]
     if kept := len(todo) - len(waiting):
         say(f"{kept} of {len(todo)} runs are finished already")
-    free, failed = list(places), {}  # type: ignore[var-annotated]
+    free = list(places)
+    failed: dict[str, int] = {}
     going: dict[str, tuple[Job, Process, Sequence[int] | None]] = {}
     walls: list[float] = []
     said = time.monotonic()

@@ -227,9 +227,9 @@ def write_picture(path: Path, summary: Mapping[str, Any]) -> None:
 
 def chart(summary: Mapping[str, Any]) -> Markup:
     """The same as inline SVG in the colours of the page."""
-    with charts._figure(*SIZE) as figure:
+    with charts.new_figure(*SIZE) as figure:
         draw(figure, summary, soft=charts.SOFT, line=charts.LINE)
-        return charts._svg(figure, f"score against seconds and calls: {', '.join(summary['methods'])}")
+        return charts.svg(figure, f"score against seconds and calls: {', '.join(summary['methods'])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- page

@@ -1,7 +1,7 @@
 """What flowrl costs on top of the network: rollout and update against bare calls of the same network.
 
     python -m benchmarks.overhead
-    python -m benchmarks.overhead flow_grpo_fast/tiny_sd3 policy.dtype=bfloat16 --batches 16 64 --repeats 20 --json overhead.json
+    python -m benchmarks.overhead flow_grpo_fast/tiny_sd3 policy.dtype=bfloat16 --batches 16 64 --json overhead.json
 
 rollout: `samplers.rollout` through `policy.predict`: conditioning, padding, keyed noise, steps, log-probs, storage.
          Bare: the network called with prepared tensors, the same numbers of rows in the same order, no gradient.
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=str(__doc__).splitlines()[0])
-    parser.add_argument("config", nargs="?", default="flow_grpo_fast/tiny_sd3", help="a YAML file or the name of a shipped config")
+    parser.add_argument("config", nargs="?", default="flow_grpo_fast/tiny_sd3", help="a YAML file or a shipped config")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, with dotted keys")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 48, 64], help="rows per model call")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of measurements")

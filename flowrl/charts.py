@@ -68,7 +68,7 @@ class Series:
 
 def line_chart(series: Sequence[Series], *, smooth_over: int = 40) -> Markup:
     """Curves over updates; long ones are drawn faintly with a smoothed line on top."""
-    with _figure(3.4, 1.75) as figure:
+    with new_figure(3.4, 1.75) as figure:
         axes = figure.add_subplot()
         for colour, curve in zip(_cycled(len(series)), series, strict=True):
             x, y = np.asarray(curve.x, dtype=float), np.asarray(curve.y, dtype=float)
@@ -88,29 +88,29 @@ def line_chart(series: Sequence[Series], *, smooth_over: int = 40) -> Markup:
         if len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(0, 1.22), ncols=3, frameon=False, fontsize=7, handlelength=1,
                         columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure, ", ".join(curve.name for curve in series))
+        return svg(figure, ", ".join(curve.name for curve in series))
 
 
 def interval_chart(rows: Sequence[tuple[str, Estimate, str]]) -> Markup:
     """One line per stage: a dot at the mean, a bar over the interval. `rows`: (label, estimate, colour)."""
-    with _figure(4.6, 0.35 + 0.26 * len(rows)) as figure:
+    with new_figure(4.6, 0.35 + 0.26 * len(rows)) as figure:
         axes = figure.add_subplot()
         for y, (_, estimate, colour) in enumerate(reversed(rows)):
             _interval(axes, estimate, y, colour, size=5.5)
         _horizontal(axes, [label for label, _, _ in reversed(rows)])
-        return _svg(figure, "; ".join(f"{label} {estimate.mean:.3f}" for label, estimate, _ in rows))
+        return svg(figure, "; ".join(f"{label} {estimate.mean:.3f}" for label, estimate, _ in rows))
 
 
 def task_chart(tasks: Sequence[tuple[str, Estimate, Estimate | None]]) -> Markup:
     """Per task: before and after with their intervals, one above the other. `tasks`: (name, before, after or None)."""
-    with _figure(8.4, 0.4 + 0.32 * len(tasks)) as figure:
+    with new_figure(8.4, 0.4 + 0.32 * len(tasks)) as figure:
         axes = figure.add_subplot()
         for y, (_, before, after) in enumerate(reversed(tasks)):
             _interval(axes, before, y + (0.13 if after else 0), BEFORE, size=4.5)
             if after:
                 _interval(axes, after, y - 0.13, AFTER, size=4.5)
         _horizontal(axes, [name for name, _, _ in reversed(tasks)])
-        return _svg(figure, "score per task before and after")
+        return svg(figure, "score per task before and after")
 
 
 def _interval(axes: Axes, estimate: Estimate, y: float, colour: str, size: float) -> None:
@@ -158,7 +158,7 @@ def _smoothed(y: np.ndarray, reach: int) -> np.ndarray:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def new_figure(width: float, height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -166,7 +166,7 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Figure, description: str) -> Markup:
+def svg(figure: Figure, description: str) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

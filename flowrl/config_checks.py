@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from flowrl.schema import Config, RewardSpec
 
-MOST_UPDATES = 20_000  # whose plans are checked; beyond them only the far end of a curriculum could be wrong
+MOST_UPDATES = 4_000  # whose plans are checked; beyond them only the far end of a curriculum could be wrong
 
 
 class Problem(NamedTuple):
