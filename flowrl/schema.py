@@ -351,6 +351,9 @@ class OptimizerConfig(Section):
     epochs: Positive = Field(1, description="passes over one rollout")
     micro_batch: Positive = Field(64, description="rows per forward and backward; changes memory and speed only")
     warmup: Count = Field(0, description="updates over which the learning rate rises linearly")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate: it stays, or falls to 0 at the end of the run"
+    )
 
 
 class EMAConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -81,9 +82,17 @@ class State:
     # ---- one optimizer step
 
     def set_learning_rate(self, config: Config) -> float:
-        """lr (n + 1) / warmup during the first `warmup` updates, then lr; returns it."""
+        """The learning rate of the coming update, also set in the optimizer; returns it.
+
+            lr min(1, (n + 1) / warmup) f(p),    f(p) = 1, 1 - p or (1 + cos(pi p)) / 2
+
+        with n finished updates and p the finished share of the run, by updates or by `budget_s`, whichever is more.
+        """
         o = config.optimizer
-        rate = o.lr * min(1.0, (self.update + 1) / o.warmup) if o.warmup else o.lr
+        rise = min(1.0, (self.update + 1) / o.warmup) if o.warmup else 1.0
+        p = min(1.0, max(self.update / config.updates, self.train_s / config.budget_s if config.budget_s else 0.0))
+        fall = {"constant": 1.0, "linear": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2}[o.schedule]
+        rate = o.lr * rise * fall
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate

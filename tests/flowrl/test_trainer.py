@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,20 @@ def test_optimizer_steps_and_warm_up(tmp_path):
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
     found = load_latest(tmp_path / "run" / "checkpoints")
     assert found.tensors["optimizer/state/0/step"].item() == 5 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [0.5 * 4, 0.75 * 4, 0.5 * 4, 0.25 * 4]),  # the first is half of lr by the warm-up
+        ("cosine", [0.5 * 4, (1 + math.cos(math.pi / 4)) / 2 * 4, 0.5 * 4, (1 - math.cos(math.pi / 4)) / 2 * 4]),
+        ("constant", [2.0, 4.0, 4.0, 4.0]),
+    ],
+)
+def test_schedules_of_the_learning_rate(tmp_path, schedule, rates):
+    """lr 0.004, two updates of warm-up, four updates: f(0), f(1/4), f(1/2), f(3/4)."""
+    run(tmp_path, "updates=4", "optimizer.warmup=2", "optimizer.lr=0.004", f"optimizer.schedule={schedule}")
+    assert [1000 * row["lr"] for row in rows(tmp_path)] == pytest.approx(rates)
 
 
 def test_gradients_are_clipped_to_their_norm(tmp_path):
