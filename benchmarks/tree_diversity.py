@@ -2,7 +2,7 @@
 
 See `benchmarks.trees` for the commands. Every plan is the config with some overrides, with the prompts and the keys of
 all others. It is compared with *its own path* taken alone: as many roots as images, the same kernel, levels and steps,
-and nothing shared. An image by itself has the same distribution in both.
+and nothing shared. Unless the plan has a coarser tail, an image by itself has the same distribution in both.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def make_plan(config: Config, sigmas: Sigmas, update: int, success: float = 0.5)
     """
     r = config.rollout
     if r.kernel == "ode":  # for objectives on leaves: nothing is drawn, nothing trained on the way
-        plan = plans.straight(sigmas, r.kernel, 0.0, trained=(), solver=r.solver)
+        plan = plans.straight(sigmas, r.solver, 0.0, trained=())
     elif r.trunk is not None:
         plan = _trunk(r, r.trunk, sigmas, success)
     elif r.fork is not None:

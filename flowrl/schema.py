@@ -263,7 +263,7 @@ class DppoOptions(Section):
 
 
 class TmpoOptions(Section):
-    beta: float = Field(15.0, gt=0.0, description="sharpness of the target softmax(beta reward)")
+    beta: float = Field(15.0, gt=0.0, description="sharpness of the target softmax(beta advantage)")
     form: Literal["clipped", "squared"] = Field(
         "clipped", description="clipped: as released; squared: the paper's loss"
     )

@@ -122,7 +122,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 rewards = result.values.cpu().view(len(roots), len(plan.leaves))
                 found = _assign(config, plan, rewards, roots, state, world)
                 progress = _progress(config, policy, layer_tuning, tree, cond, rewards, place, state, world, run)
-                batch = _batch(config, objective, tree, cond, found, rewards, place, progress)
+                batch = _batch(config, tree, cond, found, place, progress)
                 if _tree_due(config, plan, state):
                     with clock.paused(), world.together():
                         if world.main:
@@ -290,8 +290,8 @@ def _progress(
 
 
 def _batch(
-    config: Config, objective: Objective, tree: samplers.Tree, cond: RootConditioning, found: Assigned,
-    rewards: Tensor, place: Tensor, progress: Progress | None,
+    config: Config, tree: samplers.Tree, cond: RootConditioning, found: Assigned, place: Tensor,
+    progress: Progress | None,
 ) -> Batch:  # fmt: skip
     root_part = place % config.optimizer.inner_updates
     edges = (tree.edges.root, tree.edges.node)
@@ -302,8 +302,7 @@ def _batch(
         weight=found.credit.weights[edges],
         group=place,
         part=root_part[tree.states.root],
-        # a balance of paths is one of rewards, a match of images one of their advantages
-        leaf_advantage=rewards if "paths" in objective.needs else found.leaves.float(),
+        leaf_advantage=found.leaves.float(),
         root_part=root_part,
         progress=progress,
     )

@@ -71,6 +71,13 @@ def test_a_tree_that_splits_at_listed_steps(tmp_path):
     assert noisy(promoted) == trained(promoted) == [3, 5] and len(promoted.leaves) == 4
 
 
+def test_finished_images_may_come_from_either_solver(tmp_path):
+    for solver in ("ode", "ode2"):
+        settings = config(tmp_path, f"rollout={{steps: 5, kernel: ode, solver: {solver}}}", "objective.name=nft")
+        plan = make_plan(settings, evenly(5), 0)
+        assert set(plan.kernel[1:]) == {solver} and not plan.trained_edges and not noisy(plan)
+
+
 def test_moving_structures_move(tmp_path):
     moving = config(
         tmp_path, "updates=10", "objective.measured_with.kernel=cps",
