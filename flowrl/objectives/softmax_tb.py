@@ -39,8 +39,8 @@ class SoftmaxTB:
     Both vanish, with their gradients, where the paths are as likely, relative to each other, as their rewards want:
     unlike a policy gradient it does not run towards the one best path. Normalisation is over all paths of a prompt,
     those of several trees included. A path without a reward is left out. A_i has the mean -KL(uniform || softmax
-    (beta R)) where all paths are equally likely, not 0; it pushes all log-probs of the group down alike. That is 0 on average only
-    where how much a group's rewards differ does not depend on its noise; `squared` compares within the group.
+    (beta R)) where all paths are equally likely, not 0; it pushes all log-probs of the group down alike. That is 0 on
+    average only where how much a group's rewards differ does not depend on its noise; `squared` compares within it.
 
     An edge carries the mean of the terms of the paths through it, times its weight: with weights that are shares of
     leaves, the loss is the mean over paths.
