@@ -62,7 +62,8 @@ def assign(
         valid = valid & keep
     credit = _credit(config, leaves, plan, groups, valid, reduce)
     if c.select is not None and c.select != "branch_best_worst":  # the others stay in the statistics
-        credit = credit._replace(weights=edge_weights(plan, valid & keep, c.weights))
+        counted = credit.weights > 0  # what the rule dropped stays out
+        credit = credit._replace(weights=edge_weights(plan, valid & keep, c.weights) * counted)
     if c.steps is not None:
         by_step = rules.step_weights(plan, c.steps, c.weights)
         credit = credit._replace(advantages=credit.advantages * by_step)

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from flowrl.schema import Config, RewardSpec
+from flowrl.errors import UserError
+from flowrl.schema import Config, Levels, RewardSpec
 
-MOST_UPDATES = 4_000  # whose plans are checked; beyond them only the far end of a curriculum could be wrong
+MOST_UPDATES = 4_000  # of which each one's plan is checked; of more, some evenly spaced ones and the last
 
 
 class Problem(NamedTuple):
@@ -185,33 +186,74 @@ def _structure(config: Config) -> Iterator[Problem]:
             f"rollout.levels.shape is {r.levels.shape!r} and values is {r.levels.values}; expected values with shape "
             "splits and with no other; change one of the two",
         )
-    if r.fork is not None and r.levels.shape != "constant":
+    if r.fork is not None and r.levels != Levels():
         yield Problem(
-            ("rollout.fork", "rollout.levels.shape"),
-            f"rollout.levels.shape {r.levels.shape!r} beside rollout.fork, which has one level; expected constant",
+            ("rollout.fork", "rollout.levels"),
+            f"rollout.levels of shape {r.levels.shape!r} beside rollout.fork, which has one level; expected the "
+            "defaults; remove rollout.levels",
+        )
+    if r.levels.equal_budget and r.levels.reward_driven is not None:
+        yield Problem(
+            ("rollout.levels.equal_budget", "rollout.levels.reward_driven"),
+            "rollout.levels.equal_budget would undo what reward_driven does; expected one of the two; remove the other",
+        )
+    if t is not None and t.at is not None and t.noise == "splits" and r.window is not None:
+        yield Problem(
+            ("rollout.window", "rollout.tree.noise"),
+            "rollout.window beside rollout.tree.noise 'splits', which says where noise is; expected one of the two; "
+            "set rollout.window=null",
+        )
+    if t is not None and t.promote is not None and r.shared_noise:
+        yield Problem(
+            ("rollout.shared_noise", "rollout.tree.promote"),
+            "rollout.shared_noise gives all trees of a prompt one start, but rollout.tree.promote makes trees so that "
+            "starts differ; expected one of the two; set rollout.shared_noise=false",
+        )
+    splits = None if t is None else len(t.at) if t.at is not None else r.window.size if r.window is not None else None
+    if r.levels.values is not None and splits is not None and len(r.levels.values) != splits:
+        yield Problem(
+            ("rollout.levels.values", "rollout.tree"),
+            f"rollout.levels.values has {len(r.levels.values)} levels for {splits} splits; expected one per split",
         )
 
 
 def _plans(config: Config) -> Iterator[Problem]:
     """Every plan that the run would use, built on a stand-in for the model's own times."""
-    from flowrl.planning import make_plan, moving_parts  # imported late: they bring torch
+    from flowrl.credit import step_weights  # imported late: they bring torch
+    from flowrl.planning import make_plan, moving_parts
+    from samplers.recipes import leaf_groups
 
     r = config.rollout
     sigmas = [1 - i / r.steps for i in range(r.steps + 1)]
     names = ("rollout", "group_size", "objective.name")
     seen: set[tuple[object, ...]] = set()
     driven = r.levels.reward_driven is not None
+    evenly = range(0, config.updates, max(1, config.updates // 1000))
     try:
-        for update in range(min(config.updates, MOST_UPDATES)):
+        for update in sorted({*range(min(config.updates, MOST_UPDATES)), *evenly, config.updates - 1}):
             parts = moving_parts(config, update)
             if parts in seen:
                 continue
             seen.add(parts)
             for success in (0.0, 1.0) if driven else (0.5,):
                 plan = make_plan(config, sigmas, update, success)
-                plan.roots(config.group_size)
-    except ValueError as error:
-        yield Problem(names, f"rollout and group_size make no {error}")
+                roots = plan.roots(config.group_size)
+            if not plan.trained_edges:
+                continue
+            if config.credit.steps is not None:
+                step_weights(plan, config.credit.steps, config.credit.weights)
+            kind = leaf_groups(plan)
+            fewest = roots * int(kind[kind >= 0].bincount().min())
+            if fewest < 2:
+                yield Problem(
+                    names,
+                    f"the plan of update {update + 1} has {plan.group_size(roots)} images per prompt, of which only "
+                    f"{fewest} may be compared (they left the noise at one step); expected at least 2; raise "
+                    "group_size, or let the plan branch more",
+                )
+                return
+    except (ValueError, UserError) as error:
+        yield Problem(names, f"rollout, group_size or credit do not fit: {error}")
 
 
 def _objective(config: Config) -> Iterator[Problem]:

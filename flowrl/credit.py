@@ -84,10 +84,10 @@ def step_weights(plan: Plan, steps: Literal["noise"] | Sequence[float], weights:
         factor = plan.coefficients.c
     else:
         by_step = torch.tensor([0.0, *steps], dtype=torch.float64)
-        if len(steps) != plan.depth or not bool(((by_step >= 0) & by_step.isfinite()).all()):
+        if len(steps) < plan.depth or not bool(((by_step >= 0) & by_step.isfinite()).all()):
             raise UserError(
                 f"step weights are {list(steps)}; expected {plan.depth} finite numbers >= 0, one per step of the plan."
-            )
+            )  # a coarser tail has fewer steps, none of them trained
         factor = by_step[torch.tensor(plan.depths)]
     q = (plan.share if weights == "share" else torch.ones_like(plan.share)) * trained
     mean = (q * factor).sum() / q.sum()

@@ -65,7 +65,8 @@ def _tree(config: Config, t: TreeConfig, sigmas: Sigmas, update: int, success: f
             at = list(curricula.moving_steps(update, t.moves_over or config.updates, at, t.moves_to))
         splits = _splits(at, t.branch)
         if t.noise == "splits":
-            level = _level(r, splits, sorted(splits), success)
+            promoted = t.promote is not None and min(splits) <= t.promote and len(splits) > 1
+            level = _level(r, splits, sorted(splits)[promoted:], success)  # a promoted split has no noise
             _, plan = recipes.split_tree(sigmas, splits, r.kernel, level, t.promote, r.solver, r.max_leaves)
         else:
             plan = _grow(r, sigmas, splits, inside, inside if r.window else None, success)

@@ -99,6 +99,17 @@ def test_moving_structures_move(tmp_path):
     assert [trained(make_plan(pruned, evenly(8), u))[-3:] for u in (0, 2, 9)] == [[2, 3, 4], [2, 3, 6], [2, 3, 6]]
 
 
+def test_the_budget_of_a_promoted_split_is_not_counted(tmp_path):
+    """Splits at 0, 1, 3, the first becomes roots: two noisy steps of equal level share the constant's budget."""
+    settings = config(
+        tmp_path, "rollout={steps: 8, level: 0.7, tree: {at: [0, 1, 3], noise: splits, promote: 1}, "
+        "levels: {shape: splits, values: [0.9, 0.3, 0.3], equal_budget: true}}",
+    )  # fmt: skip
+    plan = make_plan(settings, evenly(8), 0)
+    found = [plan.level[i] for i in range(len(plan)) if plan.trained[i]]
+    assert found == pytest.approx([0.7] * 6)  # 2 children, 4 grandchildren
+
+
 def test_levels_follow_depth_budget_and_success(tmp_path):
     def levels(text: str, success: float = 0.5) -> list[float]:
         window = "window: {size: 3, low: 1, high: 4}, tree: {branch: 2}, level: 0.4"
@@ -132,6 +143,17 @@ def test_levels_follow_depth_budget_and_success(tmp_path):
         (["objective={name: nft, layer_tuning: {}}"], ("layer_tuning",)),
         (["credit.rule=depth_z_score"], ("scope",)),
         (["credit.steps=[1.0, 2.0]"], ("one per step",)),
+        (["credit.steps=[1.0, -1.0, 1.0, 1.0, 1.0]"], ("finite numbers >= 0",)),
+        (["credit.steps=[1, 1, 0, 1, 1]", "rollout.window={size: 1, high: 4, move: progressive, every: 1}"],
+         ("leave no trained edge",)),
+        (["rollout={steps: 5, fork: {branches: 4, first: 3, last: 9}}", "updates=20000"], ("2..5",)),
+        (["rollout.tree={at: [0, 1], moves_to: [1, 30], noise: splits}", "updates=100000"], ("noisy steps", "0..4")),
+        (["rollout.trunk={at: [0, 1], branches: 1}", "group_size=2"], ("only 1", "compared")),
+        (["rollout={fork: {first: 2, last: 3}, levels: {reward_driven: {}}}", "group_size=5"], ("one level",)),
+        (["rollout.levels={equal_budget: true, reward_driven: {}}"], ("undo",)),
+        (["rollout.tree={at: [0, 1], noise: splits}", "rollout.window={size: 2}"], ("rollout.window=null",)),
+        (["rollout.tree={at: [0, 1], noise: splits, promote: 1}", "rollout.shared_noise=true"], ("starts differ",)),
+        (["rollout={tree: {at: [0, 1]}, levels: {shape: splits, values: [0.3, 0.4, 0.5]}}"], ("3 levels for 2",)),
     ],
 )  # fmt: skip
 def test_bad_plans_are_refused_with_the_numbers(tmp_path, overrides, words):
