@@ -35,7 +35,7 @@ COMMON = (
     "updates=5000",  # the budget ends a run
     "policy.dtype=auto",
     f"prompts={{source: 'shapes:train', tasks: {TASKS}, limit: 288}}",
-    f"eval={{prompts: 'shapes:test', tasks: {TASKS}, images_per_prompt: 3, steps: 10, guidance: 1.0, every_s: 20.0, "
+    f"eval={{prompts: 'shapes:test', tasks: {TASKS}, images_per_prompt: 3, steps: 20, guidance: 1.0, every_s: 20.0, "
     "rewards: {shapes: 1.0}, judge: tiny-clip}",
     "checkpoint.every=0",
     "logging.samples_every=0",
