@@ -4,8 +4,8 @@
 
 Every run is a process of its own, `flowrl train` as a user starts it, in a folder under --out. Seeds are the outer
 loop, so that a slow hour of the machine meets all methods alike. Finished runs are kept, and a stopped benchmark goes
-on when the same command is given again; more methods or seeds may be added later. Writes `summary.json`, `table.md`,
-`curves.png` and `report.html`.
+on when the same command is given again. More methods or seeds, also other seeds for other methods, may be added by
+further commands with the same --out: `summary.json`, `table.md`, `curves.png` and `report.html` are of all runs there.
 
 A method chooses its recipe: rollout, credit, objective, optimiser, LoRA, reward, group and batch sizes. What all have
 in common is in `COMMON`. The seconds are of training alone, without evaluation, samples and checkpoints.
@@ -111,6 +111,19 @@ def jobs(
             name = f"{label}-{seed}"
             made.append(Job(name, label, config.model_copy(update={"seed": seed, "output_dir": str(out / name)})))
     return made
+
+
+def earlier(out: Path, todo: Sequence[Job]) -> list[Job]:
+    """The runs that other commands left in OUT. UserError where they cannot be compared with those of this one."""
+    names = {job.name for job in todo}
+    found: dict[str, Job] = {}
+    for row in read_jsonl(out / runs.SESSIONS):
+        name, path = row["run"], out / f"{row['run']}.yaml"
+        if name not in names and path.exists():
+            config = load_config(path).model_copy(update={"output_dir": str(out / name)})  # the folder may have moved
+            found[name] = Job(name, row["method"], config)
+    _check_alike({job.name: job.config for job in [*found.values(), *todo]})
+    return list(found.values())
 
 
 def _check_alike(configs: dict[str, Config]) -> None:
@@ -259,6 +272,7 @@ def measure(
 
     Args:
         methods: names of recipes or paths of YAML files, see `source`.
+        out: folder of the runs; those of earlier commands are shown beside the new ones.
         budget_s: seconds of training of each run, by `clock` ("wall" or "cpu": of the run's process).
         processes: runs at once, each on a core of its own.
         overrides: `key=value`, applied to every method after `COMMON`.
@@ -269,7 +283,8 @@ def measure(
     """
     out = Path(out)
     todo = jobs(methods, seeds, out, budget_s=budget_s, clock=clock, overrides=overrides)
-    labels = list(dict.fromkeys(job.method for job in todo))
+    shown = [*earlier(out, todo), *todo]
+    labels = list(dict.fromkeys(job.method for job in shown))
     if missing := sorted(set(baselines or ()) - {*labels}):
         raise UserError(f"got the baseline {', '.join(missing)}; expected some of {', '.join(labels)}")
     targets = [label for label in labels if label in (BASELINES if baselines is None else baselines)]
@@ -277,7 +292,7 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
 
     def write(failed: dict[str, int], pictures: bool) -> dict[str, Any]:
-        summary = methods_results.summarise([(j.name, j.method, j.config) for j in todo], out, targets, failed)
+        summary = methods_results.summarise([(j.name, j.method, j.config) for j in shown], out, targets, failed)
         methods_report.write(out, summary, pictures=pictures)
         return summary
 

@@ -196,10 +196,12 @@ def draw(figure: Figure, summary: Mapping[str, Any], soft: str, line: str) -> No
             axes.plot(x, scores.mean(0), color=colour, linestyle=dash, linewidth=1.6, label=method)
             if len(scores) > 1:
                 axes.fill_between(x, scores.min(0), scores.max(0), color=colour, alpha=0.13, linewidth=0)
+        highest = max((found["target"] for found in summary["targets"].values()), default=0.0)
         for i, (baseline, found) in enumerate(summary["targets"].items()):
+            above = found["target"] == highest  # the others are written below their lines, as targets may be close
             axes.axhline(found["target"], color=soft, linewidth=0.8, linestyle=DASHES[1 + i % 2])
-            axes.annotate(f"final {baseline}", (0, found["target"]), xytext=(3, 2), textcoords="offset points",
-                          fontsize=6.5, color=soft)  # fmt: skip
+            axes.annotate(f"final {baseline}", (0, found["target"]), xytext=(3, 2 if above else -2), fontsize=6.5,
+                          textcoords="offset points", va="bottom" if above else "top", color=soft)  # fmt: skip
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         axes.grid(axis="y", color=line, linewidth=0.6)

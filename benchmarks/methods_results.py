@@ -266,7 +266,7 @@ def summarise(
         "eval_prompts": some and some["prompts"],
         "score": some and some["score"],
         "judge": some and some["judge"],
-        "seeds": list(dict.fromkeys(config.seed for _, _, config in jobs)),
+        "seeds": sorted({config.seed for _, _, config in jobs}),
         "short": [
             f"{method}-{run['seed']}"
             for method, group in found.items()

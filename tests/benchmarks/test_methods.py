@@ -331,6 +331,21 @@ def test_everything_is_run_once_and_written(tmp_path: Path, recipe: Path) -> Non
     assert runner.started[4:] == ["flow_grpo-3", "mine-3"] and more["methods"]["mine"]["seeds"] == [1, 2, 3]
 
 
+def test_runs_of_other_commands_are_shown_beside_the_new_ones(tmp_path: Path, recipe: Path) -> None:
+    out, runner = tmp_path / "out", Runner()
+    measured(recipe, out, runner)
+    alone = recipe.parent / "alone.yaml"
+    alone.write_text(recipe.read_text())
+    summary = methods.measure([str(alone)], [1], out, budget_s=40.0, overrides=[FEW], start=runner, say=print)
+    assert runner.started[4:] == ["alone-1"]
+    assert {name: row["seeds"] for name, row in summary["methods"].items()} == {
+        "flow_grpo": [1, 2], "mine": [1, 2], "alone": [1]
+    }  # fmt: skip
+    assert summary["targets"]["flow_grpo"]["methods"]["alone"]["of"] == 1
+    with pytest.raises(UserError, match="budget_s is 50.0 in alone-2 and 40.0 in flow_grpo-1"):
+        methods.measure([str(alone)], [2], out, budget_s=50.0, overrides=[FEW], start=runner, say=print)
+
+
 def test_other_settings_are_refused_before_anything_runs(tmp_path: Path, recipe: Path) -> None:
     out, runner = tmp_path / "out", Runner()
     measured(recipe, out, runner)
