@@ -40,6 +40,7 @@ class Advantages:
         dropped_groups: groups with fewer than two valid rewards.
         zero_variance_groups: kept groups whose rewards are all equal; they teach nothing but stay valid (KL).
         clipped: valid leaves that the clip changed.
+        dominated: scored leaves that are out because another one is better in every reward (`combine_advantages`).
     """
 
     advantages: Tensor
@@ -51,6 +52,7 @@ class Advantages:
     dropped_groups: int
     zero_variance_groups: int
     clipped: int
+    dominated: int = 0
 
 
 def group_advantages(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowrl import credit as rules
 from flowrl.advantages import Advantages, group_advantages
+from flowrl.combine_advantages import combined_advantages
 from flowrl.config import Config
 from flowrl.credit import Credit, edge_weights
 from flowrl.selection import PromptHistory, best_and_worst, branch_sets
@@ -42,7 +43,7 @@ class Assigned(NamedTuple):
 
 def assign(
     config: Config, plan: Plan, values: Tensor, groups: Tensor, *, prompts: Tensor, rows: Tensor, total: int,
-    history: PromptHistory | None, reduce: Reduce,
+    history: PromptHistory | None, reduce: Reduce, parts: Tensor | None = None, weights: Tensor | None = None,
 ) -> Assigned:  # fmt: skip
     """Advantages and credit as the settings say.
 
@@ -51,8 +52,12 @@ def assign(
             update. prompts: (R,) number of the prompt. rows: (R,) place of each root among the `total` of all
             processes. history: of earlier updates; it is left as it is.
         reduce: sums over all processes; called equally often on each.
+        parts, weights: (K, R, L) raw rewards and (K,) numbers that `values` is the weighted sum of; needed unless
+            `advantage.combine` is sum.
     """
-    advantages, history = _leaf_advantages(config, plan, values, groups, prompts, rows, total, history, reduce)
+    advantages, history = _leaf_advantages(
+        config, plan, values, groups, prompts, rows, total, history, reduce, parts, weights
+    )
     leaves = advantages.advantages.view(values.shape).double()
     valid = advantages.valid.view(values.shape)
     leaves = leaves.where(valid, torch.nan)
@@ -72,7 +77,7 @@ def assign(
 
 def _leaf_advantages(
     config: Config, plan: Plan, values: Tensor, groups: Tensor, prompts: Tensor, rows: Tensor, total: int,
-    history: PromptHistory | None, reduce: Reduce,
+    history: PromptHistory | None, reduce: Reduce, parts: Tensor | None, weights: Tensor | None,
 ) -> tuple[Advantages, PromptHistory | None]:  # fmt: skip
     a = config.advantage
     kind = recipes.leaf_groups(plan)  # (L,), -1: nothing above that leaf is trained, so it is compared with nothing
@@ -80,10 +85,17 @@ def _leaf_advantages(
         kind = torch.zeros_like(kind)
     compared = (kind >= 0).expand(values.shape)
     ids = groups[:, None] * (int(kind.max()) + 1) + kind
-    found = group_advantages(
-        values[compared], ids[compared], std="none" if a.std == "history" else a.std, eps=a.eps,
-        clip=None if a.std == "history" else a.clip, reduce=reduce,
-    )  # fmt: skip
+    if a.combine != "sum" and a.std != "history":
+        assert parts is not None and weights is not None  # the config check asks for a weighted sum
+        found = combined_advantages(
+            parts[:, compared], weights, ids[compared], std=a.std, eps=a.eps, clip=a.clip, renormalise=a.renormalise,
+            front=a.combine == "pareto", reduce=reduce,
+        )  # fmt: skip
+    else:
+        found = group_advantages(
+            values[compared], ids[compared], std="none" if a.std == "history" else a.std, eps=a.eps,
+            clip=None if a.std == "history" else a.clip, reduce=reduce,
+        )  # fmt: skip
     everything, valid = torch.zeros(values.shape), torch.zeros(values.shape, dtype=torch.bool)
     everything[compared], valid[compared] = found.advantages, found.valid
     if a.std == "history":

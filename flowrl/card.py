@@ -119,4 +119,6 @@ def _flat_tasks(before: list[summary.EvalRow], after: list[summary.EvalRow]) -> 
 
 
 def _reward_names(reward: Any) -> list[str]:
-    return list(reward) if isinstance(reward, Mapping) else [str(reward)]
+    from flowrl.config_checks import reward_names
+
+    return reward_names(reward) or [str(reward)]

@@ -23,18 +23,24 @@ class Problem(NamedTuple):
 def problems(config: Config, processes: int = 1) -> Iterator[Problem]:
     """All impossible combinations in a config that is to run on `processes` processes."""
     yield from _groups(config, processes)
-    found = [*_steps(config), *_kernel(config), *_structure(config)]
+    found = [*_steps(config), *_kernel(config), *_structure(config), *_draws(config)]
     yield from found or _plans(config)  # a plan would only repeat them
     yield from _objective(config)
     yield from _options(config)
+    yield from _combined_advantages(config)
     yield from _policy(config)
     yield from _evaluation(config)
     yield from _rewards(config)
 
 
 def reward_names(spec: RewardSpec) -> list[str]:
-    """The names a reward specification mentions."""
-    return [spec] if isinstance(spec, str) else list(spec)
+    """The names of all rewards in a specification; none where it cannot be read."""
+    from reward_models import recipe  # imported late: it brings torch
+
+    try:
+        return list(recipe.names(recipe.parse(spec)))
+    except ValueError:  # `_rewards` says what is wrong
+        return []
 
 
 def _groups(config: Config, processes: int) -> Iterator[Problem]:
@@ -217,6 +223,87 @@ def _structure(config: Config) -> Iterator[Problem]:
         )
 
 
+def _draws(config: Config) -> Iterator[Problem]:
+    """Choices of steps and splits that differ from update to update; that any draw makes a plan is seen here."""
+    r, t = config.rollout, config.rollout.tree
+    if r.window is not None and r.window.least is not None and r.window.move != "progressive":
+        yield Problem(
+            ("rollout.window.least", "rollout.window.move"),
+            f"rollout.window.least is {r.window.least} with move {r.window.move!r}, whose positions last one update or "
+            "all; expected move progressive; remove least",
+        )
+    if r.train_choice == "random":
+        other = [name for name in ("window", "trunk", "fork") if getattr(r, name) is not None]
+        other += ["tree.noise=splits"] * (t is not None and t.noise == "splits")
+        other += ["tree.untrained_depths"] * (t is not None and t.untrained_depths is not None)
+        if other or r.kernel == "ode" or config.objective.name == "nft":
+            what = f"rollout.{other[0]}" if other else "objective nft, which trains on images"
+            yield Problem(
+                ("rollout.train_choice", "objective.name", *(f"rollout.{name.partition('=')[0]}" for name in other)),
+                f"rollout.train_choice is 'random' beside {what}, where it has no effect or another choice is made; "
+                "expected one of the two; set rollout.train_choice=leading",
+            )
+        elif r.trained_steps == r.steps - 1:
+            yield Problem(
+                ("rollout.train_choice", "rollout.train_fraction"),
+                f"rollout.train_choice is 'random', but train_fraction {r.train_fraction:g} trains all {r.steps - 1} "
+                "steps with noise; expected a smaller share; for example rollout.train_fraction=0.6",
+            )
+        elif isinstance(config.credit.steps, list) and config.credit.steps[:-1].count(0.0) >= r.trained_steps:
+            yield Problem(
+                ("rollout.train_choice", "credit.steps"),
+                f"credit.steps has {config.credit.steps[:-1].count(0.0)} zeros and {r.trained_steps} random steps are "
+                "trained, which may all be among them; expected fewer zeros; raise some",
+            )
+    if t is not None and t.draw is not None:
+        yield from _drawn_splits(config)
+
+
+def _drawn_splits(config: Config) -> Iterator[Problem]:
+    r, t = config.rollout, config.rollout.tree
+    assert t is not None and t.draw is not None
+    d, last = t.draw, r.steps - 2
+    high = last if d.high is None else d.high
+    if t.at is None or r.window is not None:
+        yield Problem(
+            ("rollout.tree.draw", "rollout.tree.at", "rollout.window"),
+            "rollout.tree.draw needs rollout.tree.at, whose number of splits it draws, and no rollout.window; expected "
+            "both so; give the steps and set rollout.window=null",
+        )
+        return
+    if high > last or d.low + (len(t.at) - 1) * d.gap > high:
+        yield Problem(
+            ("rollout.tree.draw", "rollout.steps"),
+            f"rollout.tree.draw has {len(t.at)} splits at least {d.gap} apart in the steps {d.low} to {high}; expected "
+            f"room for them, and at most step {last}, the last one with noise; change low, high or gap",
+        )
+    if d.around == "success" and t.moves_to is not None:
+        yield Problem(
+            ("rollout.tree.draw.around", "rollout.tree.moves_to"),
+            "rollout.tree.moves_to with draw.around 'success', which looks at no places; expected one of the two; "
+            "remove moves_to",
+        )
+    if d.around == "success" and r.levels.reward_driven is None:
+        yield Problem(
+            ("rollout.tree.draw.around", "rollout.levels.reward_driven"),
+            "rollout.tree.draw.around is 'success', which is that of rollout.levels.reward_driven; expected both; set "
+            "rollout.levels.reward_driven={}",
+        )
+    if t.noise == "splits" and isinstance(config.credit.steps, list) and 0.0 in config.credit.steps[:-1]:
+        yield Problem(
+            ("rollout.tree.draw", "credit.steps"),
+            "credit.steps has zeros, and drawn splits, the only steps that are trained, may all be among them; "
+            "expected numbers above 0; raise them",
+        )
+    images = math.prod([t.branch] * len(t.at) if isinstance(t.branch, int) else t.branch)
+    if t.promote is not None and config.group_size % images:
+        yield Problem(
+            ("group_size", "rollout.tree.branch", "rollout.tree.promote"),
+            f"group_size {config.group_size} with trees of {images} images, if a draw does not promote the first "
+            f"split; expected a multiple of {images}",
+        )
+
+
 def _plans(config: Config) -> Iterator[Problem]:
     """Every plan that the run would use, built on a stand-in for the model's own times."""
     from flowrl.credit import step_weights  # imported late: they bring torch
@@ -304,6 +391,30 @@ def _options(config: Config) -> Iterator[Problem]:
                 f"objective.{name} is set, but objective.name is {o.name!r}; expected the options of that one; remove "
                 f"them or set objective.name={name}",
             )
+    if o.tmpo is not None and o.tmpo.beta_over is not None and o.tmpo.beta_from is None:
+        yield Problem(
+            ("objective.tmpo.beta_over", "objective.tmpo.beta_from"),
+            f"objective.tmpo.beta_over is {o.tmpo.beta_over} without beta_from, so beta does not change; expected both "
+            "or neither; give beta_from",
+        )
+    if o.nft is not None and o.nft.decay_start and not o.nft.decay_rate:
+        yield Problem(
+            ("objective.nft.decay_start", "objective.nft.decay_rate"),
+            f"objective.nft.decay_start is {o.nft.decay_start} with decay_rate 0, where nothing ever starts; expected "
+            "a rate above 0; remove decay_start",
+        )
+    if config.rollout.recompute and o.name == "nft":
+        yield Problem(
+            ("rollout.recompute", "objective.name"),
+            "rollout.recompute has no effect with objective nft, which keeps nothing but finished images; expected "
+            "false; remove it",
+        )
+    if config.rollout.recompute and o.layer_tuning is not None:
+        yield Problem(
+            ("rollout.recompute", "objective.layer_tuning"),
+            "rollout.recompute beside objective.layer_tuning, which keeps a velocity as large as a latent for every "
+            "state that imitates; expected one of the two; set rollout.recompute=false",
+        )
     if o.adaptive_clip is not None:
         low, high = o.clip
         most = (o.adaptive_clip.max, o.adaptive_clip.max_high or o.adaptive_clip.max)
@@ -341,6 +452,37 @@ def _options(config: Config) -> Iterator[Problem]:
             ("credit.rule", "credit.scope", "rollout.tree", "rollout.trunk", "rollout.fork"),
             "credit.rule depth_z_score with scope tree, but a root's edges of one depth are not comparable without a "
             "tree; expected rollout.tree or rollout.fork, or credit.scope=prompt",
+        )
+
+
+def _combined_advantages(config: Config) -> Iterator[Problem]:
+    a = config.advantage
+    if a.combine == "sum":
+        if a.renormalise:
+            yield Problem(
+                ("advantage.renormalise", "advantage.combine"),
+                "advantage.renormalise is true with advantage.combine 'sum', which normalises once; expected "
+                "combine=advantages or pareto; remove advantage.renormalise",
+            )
+        return
+    from reward_models import recipe
+
+    try:
+        node = recipe.parse(config.reward)
+    except ValueError:  # `_rewards` says what is wrong
+        return
+    parts = node.parts if isinstance(node, recipe.Combination) and node.rule == "sum" else {}
+    if sum(weight != 0 for _, weight in parts.values()) < 2:
+        yield Problem(
+            ("advantage.combine", "reward"),
+            f"advantage.combine is {a.combine!r}, but the reward is no weighted sum of at least two; expected the "
+            "rewards as {name: weight, name: weight}; write them so, or set advantage.combine=sum",
+        )
+    if a.std == "history":
+        yield Problem(
+            ("advantage.combine", "advantage.std"),
+            f"advantage.combine is {a.combine!r} with advantage.std 'history', which remembers one number per image; "
+            "expected std global, prompt or none; choose one of these",
         )
 
 
@@ -395,30 +537,29 @@ def _evaluation(config: Config) -> Iterator[Problem]:
 
 def _rewards(config: Config) -> Iterator[Problem]:
     """Names and weights; that a reward of one's own can be imported is seen when it is loaded."""
-    from reward_models.loading import BUILT_IN  # imported late: it brings torch
+    from reward_models import recipe  # imported late: it brings torch
+    from reward_models.loading import BUILT_IN, is_folder
 
     specs: dict[str, RewardSpec | None] = {"reward": config.reward}
     if config.eval is not None:
         specs |= {"eval.rewards": config.eval.rewards, "eval.judge": config.eval.judge}
     for where, spec in specs.items():
-        names = [] if spec is None else reward_names(spec)
-        if spec is not None and not names:
+        if spec is None:
+            continue
+        if not spec:
             yield Problem((where,), f"{where} is empty; expected at least one reward; for example {{shapes: 1.0}}")
-        for name in names:
-            if ":" not in name and name not in BUILT_IN:
+            continue
+        try:  # the judge is one scorer, so it needs no weight
+            alone = where == "eval.judge" and isinstance(spec, dict) and len(spec) == 1
+            node = recipe.parse({"combine": "sum", "of": spec} if alone else spec)
+            recipe.check(node)
+        except ValueError as error:
+            yield Problem((where,), f"{where}: {error}")
+            continue
+        for name in recipe.names(node):
+            if ":" not in name and name not in BUILT_IN and not is_folder(name):
                 near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]}?" if near else "or write module:attribute for one of your own"
                 yield Problem(
                     (where,), f"{where} names the reward {name!r}; expected one of {', '.join(BUILT_IN)}; {hint}"
                 )
-        if isinstance(spec, dict):
-            weights = {name: value.get("weight") if isinstance(value, dict) else value for name, value in spec.items()}
-            for name, weight in weights.items():
-                if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                    yield Problem(
-                        (where,),
-                        f"{where}.{name} is {spec[name]!r}; expected a finite weight; write {name}: 1.0 or "
-                        f"{name}: {{weight: 1.0, option: value}}",
-                    )
-            if weights and all(weight == 0 for weight in weights.values()):
-                yield Problem((where,), f"{where} has only zero weights; expected at least one other; set a weight")

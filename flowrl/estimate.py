@@ -36,7 +36,7 @@ from flowrl.config import Config
 from flowrl.errors import UserError
 from flowrl.leaves import leaf_times
 from flowrl.objectives import NFT
-from flowrl.parts import make_objective
+from flowrl.parts import keeps_sampling_weights, make_objective
 from flowrl.planning import make_plan
 from flowrl.policies import LoraSettings, load_policy
 from flowrl.policies.loading import DTYPES, find_device, model_index, resolve
@@ -44,6 +44,8 @@ from flowrl.policies.pipeline import BACKBONES, ROWS
 from flowrl.prompts import load_prompts
 from flowrl.schema import EvalConfig, RolloutConfig
 from flowrl.update import UpdateSettings, forwards_per_row
+from samplers.regrow import block_roots
+from samplers.rollout import regrown_steps
 
 GIB = 2**30
 SMALL = 100_000_000  # parameters up to which a policy is loaded and timed
@@ -106,7 +108,7 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
     device = find_device(config.policy.device)
     groups = -(-config.prompts_per_update // processes)
     network = describe(config, groups)
-    cost = planned_cost(config) * groups
+    cost = planned_cost(config) * groups + samplers.Cost(_regrown_calls(config, groups))
     if network.calls == 2:
         cost = cost.guided()
     notes = [f"these numbers are for {device} here and {_processes(processes)}; expect them within a factor of 1.5"]
@@ -123,11 +125,26 @@ def _first_plan(config: Config) -> samplers.Plan:
     return make_plan(config, torch.linspace(1, 0, config.rollout.steps + 1, dtype=torch.float64), 0)
 
 
-def _kept_latents(config: Config) -> int:
-    """Latents of one group that a rollout keeps: both ends of trained edges, once each, and the images."""
+def _kept_latents(config: Config, groups: int) -> int:
+    """Latents that a rollout of so many groups keeps: both ends of trained edges, once each, and the images."""
     plan = _first_plan(config)
     ends = {node for i in range(len(plan)) if plan.trained[i] for node in (i, plan.parent[i])}
-    return plan.roots(config.group_size) * (len(ends) + len(plan.leaves))
+    roots = groups * plan.roots(config.group_size)
+    kept = min(roots, block_roots(plan, config.rollout.chunk)) if config.rollout.recompute else roots
+    return kept * len(ends) + roots * len(plan.leaves)
+
+
+def _regrown_calls(config: Config, groups: int) -> int:
+    """Sampling calls of an update of so many groups that grow its latents again, without guidance."""
+    if not config.rollout.recompute:
+        return 0
+    plan, o = _first_plan(config), config.optimizer
+    roots = groups * plan.roots(config.group_size)
+    blocks = -(-roots // (o.inner_updates * block_roots(plan, config.rollout.chunk)))  # of one optimizer step
+    if blocks * o.inner_updates == 1:
+        return 0  # it is still there
+    passes = o.epochs * (1 + (make_objective(config).coupled and blocks > 1))
+    return passes * roots * sum(len(front.parents) for front in plan.frontiers[: regrown_steps(plan)])
 
 
 def planned_cost(config: Config) -> samplers.Cost:
@@ -370,12 +387,14 @@ def _memory(config: Config, network: Network, groups: int, device: torch.device)
     states = 2.0 if optimizer.name == "adamw8bit" else 8.0
     copies = 1 + (config.ema is not None)  # gradients, and the average where there is one
     encoders = sum(n for name, n in network.other.items() if name != "vae") * BYTES[policy.dtype]
-    latents = groups * _kept_latents(config) * network.latent * 4.0
+    latents = _kept_latents(config, groups) * network.latent * 4.0
+    sampling = keeps_sampling_weights(config, make_objective(config))
     found = {
         "network": network.parameters * (4.0 if full else base),
         "frozen copy": network.parameters * 4.0 if full and policy.reference else 0.0,
         "adapters": 0.0 if full else network.trainable * 4.0,
         "gradients and average": network.trainable * 4.0 * copies,
+        "weights that sampled": network.trainable * 4.0 * sampling,
         "optimizer": network.trainable * states,
         f"activations of {network.rows} rows": network.activations,
         "more, while decoding": max(0.0, network.decoding - network.activations),  # the two take turns

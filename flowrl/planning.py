@@ -22,10 +22,16 @@ Sigmas = Tensor | Sequence[float]
 def make_plan(config: Config, sigmas: Sigmas, update: int, success: float = 0.5) -> samplers.Plan:
     """The plan of one root in this update (0 for the first).
 
-    sigmas: steps + 1 times from noise to data. success: in [0, 1], for levels that follow the reward.
+    sigmas: the policy's own steps + 1 times from noise to data; those of `rollout.shift` take their place.
+    success: in [0, 1], for levels and splits that follow the reward.
     Raises ValueError with the numbers where the settings do not make a plan.
     """
     r = config.rollout
+    if r.shift is not None:
+        if float(sigmas[0]) != 1:
+            got = f"rollout.shift {r.shift:g} for a model whose times begin at {float(sigmas[0]):.4f}"
+            raise plans.bad_plan(got, "a flow, which begins at 1", "Set rollout.shift=null.")
+        sigmas = samplers.linear_shift_sigmas(r.steps, r.shift)
     if r.kernel == "ode":  # for objectives on leaves: nothing is drawn, nothing trained on the way
         plan = plans.straight(sigmas, r.solver, 0.0, trained=())
     elif r.trunk is not None:
@@ -46,13 +52,31 @@ def window_steps(config: Config, update: int) -> range | None:
     if r.window is None or r.window_range is None:
         return None
     w, (low, high) = r.window, r.window_range
-    window = curricula.Window(w.size, high, low, w.move, w.every, w.stride, w.at_end, w.decay, w.decay_from)
+    window = curricula.Window(w.size, high, low, w.move, w.every, w.stride, w.at_end, w.decay, w.decay_from, w.least)
     return range(*window.steps(update, config.seed))
 
 
-def _inside(config: Config, update: int) -> range:
-    steps = window_steps(config, update)
-    return range(config.rollout.trained_steps) if steps is None else steps
+def _inside(config: Config, update: int) -> Sequence[int]:
+    """Steps that are trained."""
+    r, steps = config.rollout, window_steps(config, update)
+    if steps is not None:
+        return steps
+    if r.train_choice == "random":
+        return curricula.chosen_steps(update, config.seed, r.trained_steps, r.steps - 1)
+    return range(r.trained_steps)
+
+
+def _split_steps(config: Config, t: TreeConfig, at: Sequence[int], update: int, success: float) -> Sequence[int]:
+    """Steps at which a tree with listed splits splits in this update."""
+    if t.moves_to is not None:
+        at = curricula.moving_steps(update, t.moves_over or config.updates, at, t.moves_to)
+    if t.draw is None:
+        return at
+    d, key = t.draw, samplers.Key(config.seed, "splits", update, "", 0, None)
+    high = config.rollout.steps - 2 if d.high is None else d.high
+    if d.around == "places":
+        return curricula.scattered_steps(at, d.concentration, d.low, high, d.gap, key)
+    return curricula.success_steps(len(at), success, d.concentration, d.low, high, d.gap, key)
 
 
 def _tree(config: Config, t: TreeConfig, sigmas: Sigmas, update: int, success: float) -> samplers.Plan:
@@ -60,10 +84,7 @@ def _tree(config: Config, t: TreeConfig, sigmas: Sigmas, update: int, success: f
     if t.at is None:
         plan = _grow(r, sigmas, _splits(list(inside), t.branch), inside, inside, success)
     else:
-        at = t.at
-        if t.moves_to is not None:
-            at = list(curricula.moving_steps(update, t.moves_over or config.updates, at, t.moves_to))
-        splits = _splits(at, t.branch)
+        splits = _splits(_split_steps(config, t, t.at, update, success), t.branch)
         if t.noise == "splits":
             promoted = t.promote is not None and min(splits) <= t.promote and len(splits) > 1
             level = _level(r, splits, sorted(splits)[promoted:], success)  # a promoted split has no noise
@@ -79,8 +100,9 @@ def _tree(config: Config, t: TreeConfig, sigmas: Sigmas, update: int, success: f
 
 
 def _grow(
-    r: RolloutConfig, sigmas: Sigmas, splits: Mapping[int, int], trained: range, noisy: range | None, success: float
-) -> samplers.Plan:
+    r: RolloutConfig, sigmas: Sigmas, splits: Mapping[int, int], trained: Sequence[int], noisy: Sequence[int] | None,
+    success: float,
+) -> samplers.Plan:  # fmt: skip
     """A tree with these splits (none: one trajectory); noisy None: noise on all steps but the last."""
     with_noise = range(r.steps - 1) if noisy is None else noisy
     level = _level(r, splits, with_noise, success)
@@ -126,7 +148,9 @@ def _level(r: RolloutConfig, splits: Mapping[int, int], noisy: Sequence[int], su
 
 
 def moving_parts(config: Config, update: int) -> tuple[object, ...]:
-    """What of the plan changes from update to update: updates with equal parts have equal plans, success aside."""
+    """What of the plan changes from update to update: updates with equal parts have equal plans, success aside.
+
+    And aside from what is drawn of steps and splits: `config_checks` sees to it that any draw makes a plan."""
     r = config.rollout
     parts: list[object] = [window_steps(config, update)]
     if r.fork is not None:

@@ -201,10 +201,12 @@ class Run:
     # ---- saving and stopping
 
     def begin(self, state: State, policy: Policy) -> None:
-        """Start of an update. With several optimizer steps per update a copy is kept, to save if a guard stops it."""
+        """Start of an update. Where it changes something before its end, a copy is kept, to save if a guard stops it:
+        with several optimizer steps, or a reward that learns."""
         self.committed = False
         o = self.config.optimizer
-        if o.inner_updates * o.epochs > 1 and self.config.policy.train == "lora" and self.world.main:
+        early = o.inner_updates * o.epochs > 1 or state.adversary is not None
+        if early and self.config.policy.train == "lora" and self.world.main:
             tensors, counters = state.pack(policy)
             self.snapshot = {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters
 

@@ -86,6 +86,9 @@ class Window(Section):
     at_end: Literal["restart", "stop"] = Field("restart", description="after the last position (progressive)")
     decay: float = Field(0.0, ge=0.0, description="shortens the stay at late steps, exponentially; MixGRPO has 0.1")
     decay_from: Count = Field(13, description="first step whose stay is shorter; MixGRPO has 13 of 25")
+    least: Positive | None = Field(
+        None, description="in place of decay: the stay shortens in a straight line towards this (MixGRPO: every // 4)"
+    )
 
 
 class RewardDriven(Section):
@@ -117,6 +120,16 @@ class Levels(Section):
     )
 
 
+class SplitDraw(Section):
+    around: Literal["places", "success"] = Field(
+        "places", description="where splits are likely: around their places, or the earlier the better the policy does"
+    )
+    concentration: float = Field(6.0, gt=0.0, description="how near they stay; TMPO has 6 (places) and 4 (success)")
+    low: Count = Field(1, description="first step that may split")
+    high: Positive | None = Field(None, description="last step that may split; null: the last one with noise")
+    gap: Positive = Field(1, description="least distance of two splits")
+
+
 class TreeConfig(Section):
     branch: Positive | list[Positive] = Field(2, description="children at every split, or one number per split")
     at: list[Count] | None = Field(None, min_length=1, description="steps that split; null: those of rollout.window")
@@ -129,6 +142,9 @@ class TreeConfig(Section):
     )
     moves_to: list[Count] | None = Field(None, description="the splits move from `at` to these steps; null: they stay")
     moves_over: Positive | None = Field(None, description="updates of that move; null: all")
+    draw: SplitDraw | None = Field(
+        None, description="split at steps drawn anew for each update (TMPO); null: at the given ones"
+    )
     untrained_depths: list[Positive] | None = Field(
         None, min_length=1, description="depths whose edges are not trained; depth 1 is the end of the first step"
     )
@@ -172,7 +188,13 @@ class RolloutConfig(Section):
     levels: Levels = Field(default_factory=Levels, description="how the level depends on step and depth")
     reduction: Reduction = Field("mean", description="log-probability: mean or sum over latent elements")
     density: DensityName = Field("gaussian", description="gaussian, or unscaled (without the factor 1 / (2 c^2))")
-    train_fraction: Share = Field(0.99, description="share of leading steps that is trained; the last one never is")
+    shift: float | None = Field(
+        None, gt=0.0, description="train on even times, shifted once by this (DanceGRPO: 3); null: the model's own"
+    )
+    train_fraction: Share = Field(0.99, description="share of the steps that is trained; the last one never is")
+    train_choice: Literal["leading", "random"] = Field(
+        "leading", description="which share: the leading steps, or others drawn for each update (DanceGRPO)"
+    )
     window: Window | None = Field(None, description="noise and training only in a window of steps, ODE elsewhere")
     tree: TreeConfig | None = Field(None, description="a tree over the window, or over listed steps")
     trunk: TrunkConfig | None = Field(None, description="an ODE trunk with SDE branches (TempFlow, Granular-GRPO)")
@@ -182,10 +204,13 @@ class RolloutConfig(Section):
     max_leaves: Positive = Field(1024, description="most images of one root; a typing error must not fill the memory")
     shared_noise: bool = Field(False, description="all images of a group start from the same noise")
     chunk: Positive = Field(64, description="rows per model call; halved by itself when memory runs out")
+    recompute: bool = Field(
+        False, description="keep no latents for the update, but sample them again when it needs them: slower"
+    )
 
     @property
     def trained_steps(self) -> int:
-        """Number of leading steps that may be trained: int(steps * fraction), never the last step."""
+        """Number of steps that may be trained: int(steps * fraction), never the last step."""
         return min(int(self.steps * self.train_fraction), self.steps - 1)
 
     @property
@@ -197,6 +222,14 @@ class RolloutConfig(Section):
 
 
 class AdvantageConfig(Section):
+    combine: Literal["sum", "advantages", "pareto"] = Field(
+        "sum",
+        description="several rewards: advantages of their weighted sum; weighted sum of their advantages (DanceGRPO, "
+        "Pref-GRPO); or that of the images which no other one of their prompt beats in every reward (Parrot)",
+    )
+    renormalise: bool = Field(
+        False, description="advantages, pareto: divide that sum by its standard deviation over the update (GDPO)"
+    )
     std: Literal["global", "prompt", "none", "history"] = Field(
         "global",
         description="divide by the standard deviation of all samples of the update, of the prompt, or not; history: "
@@ -204,6 +237,11 @@ class AdvantageConfig(Section):
     )
     clip: float | None = Field(5.0, gt=0.0, description="bound on |advantage|; null: none")
     eps: float = Field(1e-4, ge=0.0, description="added to the standard deviation")
+    floor: float | None = Field(
+        None,
+        ge=0.0,
+        description="logged only: groups whose rewards spread less are called narrow; null: a tenth of the update's",
+    )
     updates: Count = Field(8, description="history: earlier updates that are remembered")
 
 
@@ -264,10 +302,27 @@ class DppoOptions(Section):
 
 class TmpoOptions(Section):
     beta: float = Field(15.0, gt=0.0, description="sharpness of the target softmax(beta advantage)")
+    beta_from: float | None = Field(None, gt=0.0, description="beta in the first update; null: it does not change")
+    beta_over: Positive | None = Field(None, description="updates in which it gets from there to beta; null: all")
     form: Literal["clipped", "squared"] = Field(
         "clipped", description="clipped: as released; squared: the paper's loss"
     )
     guard: bool = Field(True, description="GRPO-Guard's weights on the clipped form")
+
+
+class AdversaryConfig(Section):
+    references: str = Field(
+        description="what the reward learns to prefer: a folder of images, a manifest of files by prompt, shapes:draw"
+    )
+    per_prompt: Positive = Field(8, description="references for each prompt of an update")
+    schedule: Literal["alternate", "trigger"] = Field(
+        "alternate", description="the reward learns in a fixed ratio, or only when it likes references less than images"
+    )
+    discriminator: Positive = Field(9, description="steps of the reward when it is its turn")
+    generator: Positive = Field(1, description="alternate: updates of the policy for each of its turns")
+    reuse: bool = Field(
+        True, description="the policy learns from every rollout; published: not from those that train the reward"
+    )
 
 
 class NftOptions(Section):
@@ -284,6 +339,10 @@ class NftOptions(Section):
         description="the sampling weights keep min(decay_rate n, decay_max) of themselves after n updates",
     )
     decay_max: Rate = Field(0.5, description="most that they keep")
+    decay_start: Count = Field(
+        0, description="n counts from this update on, before which they keep nothing (published also: 75, with rate "
+        "0.0075 and max 0.999)",
+    )  # fmt: skip
 
 
 class LayerTuningConfig(Section):
@@ -430,6 +489,9 @@ class Config(Section):
     policy: PolicyConfig = Field(description="the model that is trained")
     reward: RewardSpec = Field(
         description="a name, module:attribute, or a mapping of names to weights or to {weight:, option: ...}"
+    )
+    adversary: AdversaryConfig | None = Field(
+        None, description="how a reward that learns is trained beside the policy (Adv-GRPO); null: none does"
     )
     prompts: PromptConfig = Field(description="the prompts that are trained on")
     budget_s: float | None = Field(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import samplers
 from flowrl import __version__
+from flowrl.adversary import Adversary
 from flowrl.checkpoint import Checkpoint, flatten_state, unflatten_state
 from flowrl.config import Config
 from flowrl.distributed import World
@@ -20,7 +21,7 @@ from flowrl.guards import Alarms, Limits, ScaleSkips, require_finite
 from flowrl.policies import Policy
 from flowrl.selection import PromptHistory
 
-FORMAT = 2  # of what `State.pack` gives; raise it whenever a key comes, goes or changes its meaning
+FORMAT = 3  # of what `State.pack` gives; raise it whenever a key comes, goes or changes its meaning
 
 
 def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
@@ -61,9 +62,10 @@ class State:
     success: float = 0.5  # moving average that reward-driven levels follow
     history: PromptHistory | None = None  # of prompts' rewards, for advantage.std: history
     history_updates: int = 8
+    adversary: Adversary | None = None  # the reward that learns
 
     @staticmethod
-    def create(config: Config, policy: Policy) -> State:
+    def create(config: Config, policy: Policy, adversary: Adversary | None = None) -> State:
         """The state before the first update."""
         ema = None if config.ema is None else Ema(config.ema.decay, config.ema.ramp, config.ema.every)
         if ema is not None:
@@ -76,8 +78,9 @@ class State:
         if config.objective.name == "nft":  # it samples with weights that follow the trained ones
             policy.copy_weights("current", "old")
         return State(
-            make_optimizer(config, policy), scaler, ema, Alarms(limits), history_updates=config.advantage.updates
-        )
+            make_optimizer(config, policy), scaler, ema, Alarms(limits), history_updates=config.advantage.updates,
+            adversary=adversary,
+        )  # fmt: skip
 
     # ---- one optimizer step
 
@@ -129,6 +132,8 @@ class State:
         """(tensors, JSON state) of the run: weight sets, optimizer, counters."""
         tensors, skeleton = flatten_state(self.optimizer.state_dict(), "optimizer")
         tensors |= {f"weights/{name}": tensor.detach() for name, tensor in policy.named_states().items()}
+        learned, adversary = flatten_state(self.adversary.state_dict() if self.adversary else None, "adversary")
+        tensors |= learned
         counters = {
             "format": FORMAT,
             "update": self.update,
@@ -139,6 +144,7 @@ class State:
             "cost": asdict(self.cost),
             "ratio_max_dev": self.ratio_max_dev,
             "optimizer": skeleton,
+            "adversary": adversary,
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "alarms": self.alarms.state_dict(),
@@ -162,6 +168,8 @@ class State:
         self.cost = samplers.Cost(**counters["cost"])
         self.ratio_max_dev = counters["ratio_max_dev"]
         self.train_s, self.success = counters["train_s"], counters["success"]
+        if self.adversary:
+            self.adversary.load_state_dict(unflatten_state(tensors, counters["adversary"]))
         if counters["history"] is not None:
             self.history = PromptHistory(self.history_updates)
             self.history.load_state_dict(counters["history"])

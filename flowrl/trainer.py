@@ -19,21 +19,24 @@ from torch import Tensor
 import samplers
 from flowrl import evaluate as evaluation
 from flowrl.advantages import Advantages
+from flowrl.adversary import Adversary
 from flowrl.assign import Assigned, assign
 from flowrl.clock import TrainingClock
 from flowrl.config import Config
 from flowrl.distributed import World
 from flowrl.errors import GuardStop, UserError
 from flowrl.guards import require_finite
+from flowrl.illusory import illusory
 from flowrl.layer_tuning import LayerTuning, Progress, progress_targets
 from flowrl.objectives import MetricMeans, Objective, old_decay
-from flowrl.parts import make_layer_tuning, make_objective
+from flowrl.parts import keeps_sampling_weights, make_layer_tuning, make_objective
 from flowrl.planning import make_plan
 from flowrl.policies import LoraSettings, Policy, load_policy
 from flowrl.prompts import Prompt, Slot, load_prompts, prompt_batch, split
 from flowrl.rewards import load_reward
 from flowrl.run import Run, Stopped
 from flowrl.schema import EvalConfig, NftOptions
+from flowrl.scores import score_update
 from flowrl.state import State
 from flowrl.tree_sheet import picture
 from flowrl.update import (
@@ -47,7 +50,9 @@ from flowrl.update import (
     with_halving,
 )
 from reward_models.image_stats import image_statistics, in_group_diversity
+from reward_models.mixture import WeightedSum
 from reward_models.protocol import Reward, RewardError, RewardResult, checked_score, to_8bit
+from reward_models.schedule import at
 
 # What ends a run in the middle of an update, after the last good state was saved.
 FAILURES = (GuardStop, RewardError, UserError, torch.OutOfMemoryError)
@@ -80,7 +85,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
         run = stack.enter_context(Run.open(config, world, resume=resume, rewards=specs))
         policy = policy or _load_policy(config, objective, world, run)
         _check_sizes(config, policy)
-        state = State.create(config, policy)
+        state = State.create(config, policy, Adversary.make(config.adversary, reward, config.seed))
         run.load(state, policy)
         run.encode_once(policy, prompts)
         if state.update == 0:
@@ -97,6 +102,9 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
             run.begin(state, policy)
             try:
                 # roll out: one plan for the update, K images for each of this process's prompts
+                objective = make_objective(config, state.update)
+                if keep_weights := keeps_sampling_weights(config, objective):
+                    policy.copy_weights("current", "old")
                 slots = prompt_batch(len(prompts), config.prompts_per_update, config.seed, state.update)
                 mine = split(list(enumerate(slots)), world.rank, world.size)
                 sigmas = policy.sigmas(config.rollout.steps, config.rollout.height, config.rollout.width)
@@ -105,40 +113,43 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                 sampling = policy.weights("old") if on_leaves else nullcontext()
                 with world.together(), torch.no_grad(), sampling:
                     cond = _encode(policy, prompts, roots)
-                    tree = _rollout(config, policy, plan, state.update, roots, cond, run)
+                    tree = _rollout(config, policy, plan, state.update, roots, cond, run, keep_weights)
+                    cost = _sampled(tree.cost, policy.calls(config.rollout.guidance))
                     leaves = tree.leaves.flatten(0, 1).split(run.chunk)
                     images = torch.cat([to_8bit(policy.decode(part)).cpu() for part in leaves])
 
-                # score: images on the 8-bit grid, each group whole on this process
+                # score: images on the 8-bit grid, each group whole on this process; a reward may learn from them first
                 chosen = [prompts[slot.prompt] for _, slot in roots for _ in plan.leaves]
                 place = torch.tensor([place for place, _ in roots])
                 groups = place.repeat_interleave(len(plan.leaves))
                 where = f"update {state.update + 1}"
                 require_finite({"the latents": tree.leaves, "the images": images}, where, world.max)
-                result = _score(reward, images, chosen, groups, world)
+                asked = [prompts[slot.prompt] for slot in slots]
+                policy_learns, learned = _adversary_turn(state, images, groups, asked, world, run)
+                result = score_update(at(reward, state.update), images, groups, asked, world)
                 rollout_s = time.perf_counter() - started
 
                 # credit: from leaves to edges
                 rewards = result.values.cpu().view(len(roots), len(plan.leaves))
-                found = _assign(config, plan, rewards, roots, state, world)
+                found = _assign(config, plan, rewards, _raw_parts(config, reward, result), roots, state, world)
                 progress = _progress(config, policy, layer_tuning, tree, cond, rewards, place, state, world, run)
                 batch = _batch(config, tree, cond, found, place, progress)
                 if _tree_due(config, plan, state):
                     with clock.paused(), world.together():
                         if world.main:
                             _draw_tree(config, policy, tree, cond, images, rewards, found, chosen, state, run)
-                values = _measure(result, found.advantages, images, chosen, groups, judge, world)
+                values = _measure(
+                    result, found.advantages, images, chosen, groups, judge, config.advantage.floor, world
+                )
                 if not checked:
                     state.ratio_max_dev = max(state.ratio_max_dev or 0.0, _self_check(config, policy, batch, world))
                     checked = True
 
                 # update: inner steps, each on its share of the prompts
-                metrics, norms, cost = MetricMeans(), [], _sampled(tree.cost, policy.calls(config.rollout.guidance))
-                rate = state.set_learning_rate(config)
-                parts = config.optimizer.inner_updates
-                if "old_mean" in objective.needs and parts * config.optimizer.epochs > 1:
-                    policy.copy_weights("current", "old")
-                for inner in range(config.optimizer.epochs * parts):
+                metrics, norms = MetricMeans(), []
+                before = tree.cost.sampling_calls  # not counted: what the self-check, once per session, grew again
+                rate, parts = state.set_learning_rate(config), config.optimizer.inner_updates
+                for inner in range(config.optimizer.epochs * parts if policy_learns else 0):
                     on_policy = inner == 0 and (not on_leaves or _old_decay(config, state.update - 1) == 0)
                     settings = _update_settings(config, on_policy, inner // parts)
                     norm, used = _inner_update(
@@ -146,7 +157,9 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
                     )
                     norms += [] if norm is None else [norm]
                     cost += used
-                if on_leaves:
+                again = tree.cost.sampling_calls - before
+                cost += samplers.Cost(again * policy.calls(config.rollout.guidance))
+                if on_leaves and policy_learns:
                     policy.copy_weights("current", "old", decay=_old_decay(config, state.update))
             except (*FAILURES, Stopped):
                 run.save_last_good(state, policy)
@@ -158,7 +171,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
             trained_before, state.train_s = state.train_s, clock.stop()
 
             # log, look, save
-            values |= metrics.result(world.sum, world.max)
+            values |= learned | metrics.result(world.sum, world.max)
             values |= _totals(state.cost)
             values |= {"grad_norm": sum(norms) / len(norms) if norms else float("nan"), "lr": rate}
             alarms = state.alarms.add(state.update, values)
@@ -220,8 +233,9 @@ def _encode(policy: Policy, prompts: list[Prompt], roots: list[tuple[int, Slot]]
 
 def _rollout(
     config: Config, policy: Policy, plan: samplers.Plan, update: int, roots: list[tuple[int, Slot]],
-    cond: RootConditioning, run: Run,
+    cond: RootConditioning, run: Run, keep_weights: bool,
 ) -> samplers.Tree:  # fmt: skip
+    """The trees of these roots. keep_weights: the weights that sample are also those called "old"."""
     r, per_group = config.rollout, config.group_size // len(plan.leaves)
     keys = [
         samplers.Key(config.seed, "rollout", update, slot.prompt, slot.occurrence, k % per_group)
@@ -235,33 +249,40 @@ def _rollout(
     density = None if r.kernel == "ode" else samplers.Density(r.kernel, r.reduction, r.density)
 
     def sample(chunk: int) -> samplers.Tree:
-        return samplers.rollout(
-            predict, plan, keys, latent_shape=policy.latent_shape(r.height, r.width), chunk=chunk,
-            device=policy.device, density=density, init_keys=_init_keys(config, keys),
-            prior_std=policy.prior_std, on_chunk=lambda *_: run.check(),
+        settings: dict[str, Any] = {
+            "latent_shape": policy.latent_shape(r.height, r.width), "chunk": chunk, "device": policy.device,
+            "density": density, "init_keys": _init_keys(config, keys), "prior_std": policy.prior_std,
+            "on_chunk": lambda *_: run.check(),
+        }  # fmt: skip
+        if not r.recompute:
+            return samplers.rollout(predict, plan, keys, **settings)
+        parts = torch.tensor([place for place, _ in roots]) % config.optimizer.inner_updates
+        return samplers.rollout_in_blocks(
+            predict, plan, keys, samplers.regrow.root_blocks(plan, parts, chunk), **settings,
+            sampling=lambda: policy.weights("old") if keep_weights else nullcontext(),
         )  # fmt: skip
 
     tree, run.chunk = with_halving(sample, run.chunk, "the rollout", run.note)
     return tree
 
 
-def _score(reward: Reward, images: Tensor, prompts: list[Prompt], groups: Tensor, world: World) -> RewardResult:
-    """The reward of all images; a failure on one process ends the run on all, also when no image anywhere has one."""
-    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-    with world.together():
-        result = checked_score(reward, images, texts, metadata, groups, all_missing="allow")
-    if not world.any(not bool(result.missing.all())):
-        raise RewardError(
-            f"reward {reward.spec.name!r} gave NaN for all images of an update, expected at least one score. First "
-            f"reason: {result.reasons[0]}. Check that the reward fits these prompts and their metadata."
-        )
-    return result
+def _adversary_turn(
+    state: State, images: Tensor, place: Tensor, asked: list[Prompt], world: World, run: Run
+) -> tuple[bool, dict[str, float]]:
+    """Let a reward learn from the images of an update: (whether the policy learns from them too, numbers to log)."""
+    if state.adversary is None:
+        return True, {}
+    turn, found = state.adversary.learn(state.update, images, place, asked, world)
+    run.committed = run.committed or turn.discriminator > 0  # the reward has moved on: no stop before the boundary
+    return turn.generator, {f"adversary/{name}": value for name, value in found.items()}
 
 
 def _assign(
-    config: Config, plan: samplers.Plan, rewards: Tensor, roots: list[tuple[int, Slot]], state: State, world: World
-) -> Assigned:
+    config: Config, plan: samplers.Plan, rewards: Tensor, parts: tuple[Tensor, Tensor] | None,
+    roots: list[tuple[int, Slot]], state: State, world: World,
+) -> Assigned:  # fmt: skip
     """Advantages and credit of this process's roots, in rows of (R, L)."""
+    raw, weights = (None, None) if parts is None else (parts[0].view(-1, *rewards.shape), parts[1])
     per_group = plan.roots(config.group_size)
     place = torch.tensor([place for place, _ in roots], dtype=torch.long)
     return assign(
@@ -269,8 +290,17 @@ def _assign(
         prompts=torch.tensor([slot.prompt for _, slot in roots], dtype=torch.long),
         rows=place * per_group + torch.arange(len(roots)) % per_group,
         total=config.prompts_per_update * per_group,
-        history=state.history, reduce=world.sum,
+        history=state.history, reduce=world.sum, parts=raw, weights=weights,
     )  # fmt: skip
+
+
+def _raw_parts(config: Config, reward: Reward, result: RewardResult) -> tuple[Tensor, Tensor] | None:
+    """(K, N) raw rewards and (K,) weights, where advantages are to be made of each; None where of their sum."""
+    if config.advantage.combine == "sum":
+        return None
+    assert isinstance(reward, WeightedSum)  # the config check asks for one
+    used = {name: weight for name, weight in reward.weights.items() if weight}
+    return torch.stack([result.parts[name] for name in used]), torch.tensor(list(used.values()), dtype=torch.float64)
 
 
 def _progress(
@@ -317,7 +347,7 @@ def _update_settings(config: Config, on_policy: bool = True, epoch: int = 0) -> 
 def _old_decay(config: Config, update: int) -> float:
     """How much of themselves the sampling weights of DiffusionNFT keep after the update of this number."""
     nft = config.objective.nft or NftOptions()
-    return old_decay(max(0, update), nft.decay_rate, 0, nft.decay_max)
+    return old_decay(max(0, update), nft.decay_rate, nft.decay_start, nft.decay_max)
 
 
 def _tree_due(config: Config, plan: samplers.Plan, state: State) -> bool:
@@ -454,9 +484,10 @@ def _judge(spec: str | dict[str, Any], world: World) -> Reward:
 
 def _measure(
     result: RewardResult, advantages: Advantages, images: Tensor, prompts: list[Prompt], groups: Tensor,
-    judge: evaluation.Judge | None, world: World,
+    judge: evaluation.Judge | None, floor: float | None, world: World,
 ) -> dict[str, float]:  # fmt: skip
-    """Means over all images of all processes of the rewards, the judge and the image statistics."""
+    """Means over all images of all processes of the rewards, the judge and the image statistics, and what the
+    advantages are worth."""
     columns = {"reward/mean": result.values} | {f"reward/{name}/mean": part for name, part in result.parts.items()}
     squares = [name for name in columns]
     columns |= {f"{name}^2": columns[name].double().square() for name in squares}
@@ -478,6 +509,9 @@ def _measure(
         "dropped_groups": advantages.dropped_groups,
         "zero_variance_groups": advantages.zero_variance_groups,
         "clipped_advantages": advantages.clipped,
+        "dominated": advantages.dominated,
     }
     totals = world.sum(torch.tensor(list(counts.values())).double()).tolist()
-    return found | {f"advantage/{name}": total for name, total in zip(counts, totals, strict=True)}
+    about = dict(zip(counts, totals, strict=True))
+    about |= illusory(result.values, advantages.advantages, groups, floor, world.sum)
+    return found | {f"advantage/{name}": value for name, value in about.items()}

@@ -201,7 +201,10 @@ def accumulate_gradients(
         rows = leaf_rows(batch, part, cast(LeafObjective, objective), settings.epoch)
     else:
         rows = active_states(batch, part, objective)
-    chunks = list(rows.split(settings.micro_batch)) if len(rows) else []
+    if on_leaves:
+        chunks = list(rows.split(settings.micro_batch)) if len(rows) else []
+    else:
+        chunks = batch.tree.micro_batches(rows, settings.micro_batch)
     weights: list[dict[str, Tensor]] = [{} for _ in chunks]
     if objective.coupled and chunks:  # all scalars first, then their gradients through the model
         with torch.no_grad():

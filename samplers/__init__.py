@@ -9,16 +9,17 @@
 Conventions: time s runs from 1 (noise) to 0 (data), x_s = (1 - s) x0 + s e, the model predicts v = e - x0. Latents are
 float32, coefficients float64. Every draw is a function of its key alone. See the docstrings of `kernels` (the step),
 `plans` (the tree), `levels` (its noise), `recipes` (plans of published methods), `curricula` (plans that change),
-`pruning`, `rollout` (the engine), `trees` (its result), `log_prob` and `keys`.
+`pruning`, `rollout` (the engine), `trees` (its result), `regrow` (less memory), `log_prob` and `keys`.
 """
 
-from samplers import curricula, kernels, levels, plans, pruning, recipes, schedules
+from samplers import curricula, kernels, levels, plans, pruning, recipes, regrow, schedules
 from samplers.curricula import Window
 from samplers.kernels import Coefficients, Kernel, affine, get_kernel, kernel_names
 from samplers.keys import Key, noise
 from samplers.levels import Levels
 from samplers.log_prob import Density, kl, log_prob
 from samplers.plans import Cost, Plan, PlanBuilder
+from samplers.regrow import rollout_in_blocks
 from samplers.rollout import rollout
 from samplers.schedules import dynamic_mu, flux_sigmas, linear_shift_sigmas, sd3_sigmas
 from samplers.trees import Edges, Latents, Replay, States, Tree
@@ -53,7 +54,9 @@ __all__ = [
     "plans",
     "pruning",
     "recipes",
+    "regrow",
     "rollout",
+    "rollout_in_blocks",
     "schedules",
     "sd3_sigmas",
 ]

@@ -61,18 +61,63 @@ def rollout(
         raise ValueError("rollout got equal keys; expected distinct ones (equal keys, equal images). Number the roots.")
     density = _density(plan, density)
     device = torch.device(device)
-    # (nodes of the frontier, R, C, H, W); the root is the first frontier
-    x = _initial(keys if init_keys is None else init_keys, x_init, shape, roots, prior_std).to(device).unsqueeze(0)
+    store = _Store(plan, plan.trained if keep else (False,) * len(plan), roots, shape, device)
+    calls = _grow(
+        predict, plan, keys, _initial(keys if init_keys is None else init_keys, x_init, shape, roots, prior_std), store,
+        len(plan.frontiers), density, chunk, on_chunk, on_frontier,
+    )  # fmt: skip
+    return store.tree(tuple(keys), density, calls, chunk)
 
+
+@torch.no_grad()
+def regrow(
+    predict: Predict,
+    plan: Plan,
+    keys: Sequence[Key],
+    *,
+    latent_shape: Sequence[int],
+    chunk: int = 64,
+    device: torch.device | str = "cpu",
+    init_keys: Sequence[Key] | None = None,
+    prior_std: float = 1.0,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, int]:
+    """(pool, rows): the latents that `rollout` keeps for training, by its own model calls, so bit for bit the same.
+
+    pool: (kept R, C, H, W), what `Latents.index` of that rollout reads. rows: predicted for it; it ends at the last
+    latent that is kept, so that a window costs only the steps up to its end. Arguments as in `rollout`.
+    """
+    shape = tuple(latent_shape)
+    store = _Store(plan, plan.trained, len(keys), shape, torch.device(device), leaves=False)
+    x = _initial(keys if init_keys is None else init_keys, None, shape, len(keys), prior_std)
+    calls = _grow(predict, plan, keys, x, store, regrown_steps(plan), None, chunk, on_chunk)
+    return store.pool.flatten(0, 1), sum(calls)
+
+
+def regrown_steps(plan: Plan) -> int:
+    """Number of steps of a rollout after which nothing is kept for training any more."""
+    return max((plan.depths[i] for i in range(len(plan)) if plan.trained[i]), default=0)
+
+
+def _grow(
+    predict: Predict, plan: Plan, keys: Sequence[Key], x: Tensor, store: _Store, steps: int, density: Density | None,
+    chunk: int, on_chunk: Callable[[int, int], None] | None = None,
+    on_frontier: Callable[[int, tuple[int, ...], Tensor], None] | None = None,
+) -> tuple[int, ...]:  # fmt: skip
+    """Take the first `steps` steps from the initial latents x (R, C, H, W); returns the rows of every model call.
+
+    density: of the log-probs to be stored; None: none.
+    """
+    device, roots = store.device, len(keys)
+    x = x.to(device).unsqueeze(0)  # (nodes of the frontier, R, C, H, W); the root is the first frontier
     a, b, c = plan.coefficients
     s_node = torch.tensor(plan.s_next, dtype=torch.float32)
-    store = _Store(plan, plan.trained if keep else (False,) * len(plan), roots, shape, device)
     store.put((0,), x)
     hashes = [hash_root(key) for key in keys]
     calls: list[int] = []
     earlier: dict[int, Tensor] = {}  # x0_hat of the last frontier's nodes that second-order steps read
 
-    for depth, front in enumerate(plan.frontiers):
+    for depth, front in enumerate(plan.frontiers[:steps]):
         if on_frontier is not None:
             on_frontier(depth, front.parents, x)
         store.first_call.append(len(calls))
@@ -100,11 +145,12 @@ def rollout(
         earlier = {node: x0_hat for node, x0_hat in predicted.items() if node in plan.remembered}
         x = _add_noise(mean, plan, children, depth, hashes)
         store.put(front.children, x)
-        store.score(children, x, mean, density)
+        if density is not None:
+            store.score(children, x, mean, density)
         x = _pick(x, tuple(i for i, child in enumerate(children) if plan.children(child)))
         del rows, v, velocities, mean, predicted  # nothing but the frontier outlives its step
 
-    return store.tree(tuple(keys), density, tuple(calls), chunk)
+    return tuple(calls)
 
 
 def _predicted_data(plan: Plan, front: Frontier, x: Tensor, v: Tensor) -> dict[int, Tensor]:
@@ -181,18 +227,21 @@ def _density(plan: Plan, density: Density | None) -> Density:
 class _Store:
     """Collects what outlives the frontier: leaves, latents that training needs, old log-probs."""
 
-    def __init__(self, plan: Plan, trained: Sequence[bool], roots: int, shape: tuple[int, ...], device: torch.device):
+    def __init__(
+        self, plan: Plan, trained: Sequence[bool], roots: int, shape: tuple[int, ...], device: torch.device,
+        leaves: bool = True,
+    ):  # fmt: skip
         self.plan, self.roots, self.shape, self.device = plan, roots, shape, device
         targets = [child for front in plan.frontiers for child in front.children if trained[child]]  # edge order
         inner = [p for front in plan.frontiers for p in front.parents if any(trained[i] for i in plan.children(p))]
         self.targets, self.inner = targets, inner
         kept = sorted({*targets, *inner})
         self.slot = {node: i for i, node in enumerate(kept)}
-        self.leaf = {node: i for i, node in enumerate(plan.leaves)}
+        self.leaf = {node: i for i, node in enumerate(plan.leaves if leaves else ())}
         self.target_at = {node: i for i, node in enumerate(targets)}
         self.inner_at = {node: i for i, node in enumerate(inner)}
         self.pool = torch.empty(len(kept), roots, *shape, device=device)
-        self.leaves = torch.empty(roots, len(plan.leaves), *shape, device=device)
+        self.leaves = torch.empty(roots, len(self.leaf), *shape, device=device)
         self.log_prob = torch.empty(len(targets), roots, device=device)
         self.first_call: list[int] = []  # per depth: number of the model call that began its frontier
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,15 +24,33 @@ from samplers.log_prob import Density
 from samplers.plans import Cost, Plan
 
 
+class Blocks(Protocol):
+    """A pool whose latents are not stored: they are grown again, a block of roots at a time (`regrow.Regrown`).
+
+    regrown: rows predicted for that so far. block_of: the block in which each of these rows of the pool lies.
+    """
+
+    regrown: int
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def block_of(self, rows: Tensor) -> Tensor: ...
+
+    def __getitem__(self, rows: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Latents:
     """Rows of a pool of latents, in the order of `index`. `latents[rows]` gathers (n, C, H, W)."""
 
-    pool: Tensor
+    pool: Tensor | Blocks
     index: Tensor
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        return self.pool[self.index[rows].to(self.pool.device)]
+        if isinstance(self.pool, Tensor):
+            return self.pool[self.index[rows].to(self.pool.device)]
+        return self.pool[self.index[rows]]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -135,8 +153,22 @@ class Tree:
 
     @property
     def cost(self) -> Cost:
-        """Model calls of all roots, without guidance: those made, and those that training on the kept states takes."""
-        return Cost(sum(self.calls), len(self.states), len(self.states), self.leaves.shape[0] * self.leaves.shape[1])
+        """Model calls of all roots, without guidance: those made, and those that training on the kept states takes.
+
+        Rows that were predicted once more because latents are not stored are among those made."""
+        pool, states = self.states.x.pool, len(self.states)
+        regrown = 0 if isinstance(pool, Tensor) else pool.regrown
+        return Cost(sum(self.calls) + regrown, states, states, self.leaves.shape[0] * self.leaves.shape[1])
+
+    def micro_batches(self, states: Tensor, size: int) -> list[Tensor]:
+        """These states, (n,) rows, in lots of at most `size`.
+
+        Where latents are grown again, no lot crosses a block, and those of one block follow each other."""
+        pool = self.states.x.pool
+        if isinstance(pool, Tensor):
+            return list(states.split(size)) if len(states) else []
+        block = pool.block_of(self.states.x.index[states])
+        return [lot for i in block.unique() for lot in states[block == i].split(size)]
 
     def prune(self, keep: Tensor) -> Tree:
         """The same rollout with only the edges above the leaves that are kept, and the states that these leave.

@@ -60,6 +60,8 @@ def shrunk(name: str, models: dict[str, Path], out: Path) -> list[str]:
     side = 64 if "shapes" in str(config.reward) else 16  # the Shapes rules are in pixels of 64x64 images
     steps = config.rollout.steps
     leaves = len(make_plan(config, [1 - i / steps for i in range(steps + 1)], 0).leaves)
+    if config.rollout.tree is not None and config.rollout.tree.draw is not None:
+        leaves = config.group_size  # a tree of one update may have fewer leaves than that of another
     size = [f"height={side}", f"width={side}"]
     evaluation = ["limit=2", "images_per_prompt=1", "steps=2", "every=0", "judge=null", *size]
     return [

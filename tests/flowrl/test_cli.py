@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from flowrl import __version__
 from flowrl.cli import app
+from flowrl.commands.suites import SUITES
 from flowrl.errors import GuardStop, UserError
 from flowrl.policies.loading import MODELS
 from reward_models import RewardError
@@ -30,9 +31,14 @@ OPTIONS = {
     "": {"--version"},
     "train": {"CONFIG", "[KEY=VALUE]...", "--resume"},
     "sample": {"POLICY", "--prompt", "-p", "--prompts", "--limit", "--height", "--width", *DRAW},
-    "score": {"IMAGES", "--reward", "--prompts", "--out", "--device"},
+    "score": {"IMAGES...", "--reward", "--prompts", "--prompt", "-p", "--out", "--device"},
+    "compare": {"A", "B", "--score", "--out"},
     "bench": set(),
     "bench shapes": {"POLICY", "--split", "--task", "--limit", *DRAW},
+    **{
+        f"bench {suite}": {"[POLICY]", "--reward", "--prompts", "--step", "--limit", "--height", "--width", *DRAW}
+        for suite in SUITES
+    },
     "bench methods": {
         "METHOD... [KEY=VALUE]...",
         "--seeds",
@@ -41,6 +47,18 @@ OPTIONS = {
         "--processes",
         "--baseline",
         "--out",
+    },
+    "reward": set(),
+    "reward bench": {
+        "FORMAT",
+        "LABELS",
+        "--reward",
+        "--images",
+        "--validation",
+        "--scale",
+        "--limit",
+        "--out",
+        "--device",
     },
     "report": {"RUN"},
     "validate": {"CONFIG", "[KEY=VALUE]...", "--estimate", "--show"},
@@ -181,12 +199,14 @@ def test_sample_then_score(model: Path, tmp_path: Path) -> None:
     scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert [row["image"] for row in scores] == [row["image"] for row in rows]
     for row in scores:  # jpeg is minus kB / 500 of the same file size
-        assert row["score"] == pytest.approx(row["parts"]["jpeg"] + 0.5 * row["parts"]["jpeg-incompress"], rel=1e-5)
+        ((name, score),) = row["scores"].items()
+        parts = row["parts"][name]
+        assert score == pytest.approx(parts["jpeg"] + 0.5 * parts["jpeg-incompress"], rel=1e-5)
 
     (out / "samples.jsonl").unlink()
     assert "--prompts FILE" in run("score", out, "--reward", "jpeg").output
     (tmp_path / "p.txt").write_text("one\ntwo\n")
-    assert "4 PNG images" in run("score", out, "--reward", "jpeg", "--prompts", tmp_path / "p.txt").output
+    assert "4 images and 2 prompts" in run("score", out, "--reward", "jpeg", "--prompts", tmp_path / "p.txt").output
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\nfour\n")
     scored = run("score", out, "--reward", "jpeg", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "x.jsonl")
     assert scored.exit_code == 0 and len((tmp_path / "x.jsonl").read_text().splitlines()) == 4
@@ -221,7 +241,8 @@ def test_a_reward_of_sets_sees_the_whole_set(tmp_path: Path, scope: str, seen: d
     reward = f"{{'{tmp_path / 'scorer.py'}:Count': {{weight: 1.0, scope: {scope}}}}}"
     result = run("score", folder, "--reward", reward, "--prompts", tmp_path / "p.txt")
     assert result.exit_code == 0, result.output
-    scores = [json.loads(line)["score"] for line in (folder / "scores.jsonl").read_text().splitlines()]
+    lines = (folder / "scores.jsonl").read_text().splitlines()
+    (scores,) = zip(*(json.loads(line)["scores"].values() for line in lines), strict=True)
     assert {score: scores.count(score) for score in scores} == seen
 
 

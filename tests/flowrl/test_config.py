@@ -275,10 +275,10 @@ def test_valid_names_are_those_of_the_written_file() -> None:
     windowed = ["rollout.window={size: 2}", "rollout.tree={branch: 2}", "rollout.levels.reward_driven={}"]
     clipped = ["objective.adaptive_clip={max: 0.1}", "objective.layer_tuning={}", "rollout.tail={}"]
     sections = [  # which exclude each other
-        ["ema={}", *windowed, *clipped, "group_size=8"],
+        ["ema={}", "adversary={references: folder}", *windowed, *clipped, "group_size=8"],
         ["rollout.trunk={at: [1]}", "group_size=12", "objective.name=guard", "objective.guard={}"],
         ["rollout.fork={first: 2, last: 3}", "group_size=10", "objective.name=dppo", "objective.dppo={}"],
-        ["objective.name=tmpo", "objective.tmpo={}"],
+        ["objective.name=tmpo", "objective.tmpo={}", "rollout.tree={at: [1], draw: {}}", "group_size=8"],
         ["objective.name=nft", "objective.nft={}"],
     ]
     specs = ["reward=shapes", "eval.rewards=shapes"]  # a mapping's keys would be names of rewards

@@ -24,8 +24,8 @@ SLIDING = "rollout.window={size: 2, high: 5, move: progressive, every: 5}"
 METHODS = {
     "flow_grpo_fast": (0.9, ["rollout.window={size: 2, high: 5}"]),
     "dance_grpo": (0.9, [
-        "rollout.kernel=dance", "rollout.level=0.5", "rollout.train_fraction=0.67", "rollout.shared_noise=true",
-        "advantage.std=prompt", "objective.measured_with.kernel=dance",
+        "rollout.kernel=dance", "rollout.level=0.5", "rollout.train_fraction=0.67", "rollout.train_choice=random",
+        "rollout.shared_noise=true", "advantage.std=prompt", "objective.measured_with.kernel=dance",
     ]),
     "mix_grpo": (0.9, [SLIDING, "advantage.std=prompt"]),
     "mix_grpo_flash": (0.9, [SLIDING, "rollout.tail={fraction: 0.5}", "advantage.std=prompt"]),

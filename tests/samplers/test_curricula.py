@@ -3,11 +3,20 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers import Key, Window
-from samplers.curricula import backward, moving_steps, shallower
+from samplers.curricula import (
+    backward,
+    chosen_steps,
+    moving_steps,
+    ramp,
+    scattered_steps,
+    shallower,
+    success_steps,
+)
 
 
 def starts(window, n, seed=0):
@@ -128,6 +137,86 @@ def test_refused_with_the_numbers():
         (lambda: moving_steps(0, 10, (1, 2), (3,)), r"late \[3\]"),
         (lambda: shallower(0, (5, 6), 30, 7), "stop 7"),
         (lambda: shallower(0, (), 30, 0), r"depths \[\]"),
+    ]
+    for make, message in cases:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+# ------------------------------------------------------------------------------------------------- drawn and decaying
+@pytest.mark.parametrize(
+    ("size", "high", "every", "stride"), [(4, 23, 25, 1), (4, 23, 20, 1), (2, 9, 10, 2), (1, 5, 7, 1)]
+)
+def test_the_stay_falls_in_a_straight_line(size, high, every, stride):
+    """MixGRPO's other way to decay: int(most (1 - p) + least p) with p = start / steps, from every to every // 4."""
+    least = max(1, every // 4)
+    window = Window(size, high=high, every=every, stride=stride, least=least)
+    for start in window.positions:
+        exact = every + (least - every) * start / high
+        assert window.interval(start) == math.floor(exact + 1e-9) >= least
+    intervals = [window.interval(start) for start in window.positions]
+    assert intervals[0] == every and intervals == sorted(intervals, reverse=True)
+    seen = starts(window, sum(intervals) + 1)
+    assert [seen.count(start) for start in window.positions][1:] == intervals[1:] and seen[-1] == 0
+
+
+KEY = Key(3, "splits", 0, "", 0, None)
+
+
+@given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 20), st.integers(1, 4), st.floats(0, 1), st.data())
+def test_drawn_splits_keep_their_distance(count, low, room, gap, success, data):
+    high = low + (count - 1) * gap + room
+    places = data.draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+    key = KEY._replace(update=data.draw(st.integers(0, 999)))
+    for steps in (
+        scattered_steps(places, 6.0, low, high, gap, key),
+        success_steps(count, success, 4.0, low, high, gap, key),
+    ):
+        assert len(steps) == count and low <= steps[0] and steps[-1] <= high
+        assert all(b - a >= gap for a, b in zip(steps, steps[1:], strict=False))
+    assert scattered_steps(places, 6.0, low, high, gap, key) == scattered_steps(places, 6.0, low, high, gap, key)
+
+
+def test_draws_have_the_moments_of_their_beta_distributions():
+    """One split each, so that none moves another: mean and variance of 2000 draws against the closed forms."""
+    keys = [KEY._replace(update=i) for i in range(2000)]
+    found = torch.tensor([scattered_steps([40], 6.0, 0, 100, 1, key)[0] for key in keys]).double()
+    assert found.mean() == pytest.approx(40, abs=1.6)  # std 18.5 / sqrt(2000) = 0.41
+    assert found.var() == pytest.approx(100**2 * 0.4 * 0.6 / 7, rel=0.15)
+    for success, mean in ((0.0, 5 / 6), (0.5, 1 / 2), (1.0, 1 / 6)):  # (1 + (1 - a) 4) / (2 + 4)
+        found = torch.tensor([success_steps(1, success, 4.0, 0, 1000, 1, key)[0] for key in keys]).double()
+        assert found.mean() == pytest.approx(1000 * mean, abs=20)
+        assert found.var() == pytest.approx(1000**2 * mean * (1 - mean) / 7, rel=0.2)
+
+
+def test_chosen_steps_are_a_uniform_subset():
+    draws = [chosen_steps(update, 0, 9, 15) for update in range(1000)]
+    assert all(len(set(steps)) == 9 and list(steps) == sorted(steps) for steps in draws)
+    counts = [sum(step in steps for steps in draws) for step in range(15)]
+    assert max(abs(count - 600) for count in counts) < 70  # std 15.5
+    both = sum(0 in steps and 14 in steps for steps in draws)
+    assert both == pytest.approx(1000 * (9 * 8) / (15 * 14), abs=65)  # without replacement
+    assert draws[:50] == [chosen_steps(update, 0, 9, 15) for update in range(50)]
+    assert draws[:50] != [chosen_steps(update, 1, 9, 15) for update in range(50)]
+    assert chosen_steps(3, 0, 4, 4) == (0, 1, 2, 3)
+
+
+def test_ramp_by_hand():
+    assert [ramp(update, 0.8, 2.0, 150) for update in (0, 75, 150, 900)] == pytest.approx([0.8, 1.4, 2.0, 2.0])
+
+
+def test_draws_are_refused_with_the_numbers():
+    cases = [
+        (lambda: Window(2, high=9, every=8, least=9), "least 9; expected 1 to 8"),
+        (lambda: Window(2, high=9, every=8, least=2, decay=0.1), "least 2 beside decay 0.1"),
+        (
+            lambda: scattered_steps([1, 2, 3], 6.0, 1, 4, 2, KEY),
+            r"3 steps, 2 apart, in \[1, 4\]; expected .*at least 5",
+        ),
+        (lambda: success_steps(2, 1.5, 4.0, 0, 9, 1, KEY), "success 1.5"),
+        (lambda: scattered_steps([1], 0.0, 0, 4, 1, KEY), "concentration 0"),
+        (lambda: chosen_steps(0, 0, 5, 4), "5 of 4 steps"),
+        (lambda: ramp(0, 1.0, 2.0, 0), "over 0"),
     ]
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
