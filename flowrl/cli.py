@@ -16,7 +16,8 @@ from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
-from flowrl import __version__
+from flowrl import __version__, cli_reward
+from flowrl.commands.suites import SUITES
 from flowrl.errors import GuardStop, UserError
 
 # Loggers of libraries that speak of extras which nobody needs here, and of long prompts before they are cut (of the cut
@@ -36,6 +37,11 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure a model on a benchmark. Example: flowrl bench shapes tiny-sd3", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+reward_app = typer.Typer(
+    help="Train and judge rewards. Example: flowrl reward bench imagereward test.json --images DIR --reward clip",
+    no_args_is_help=True,
+)
+app.add_typer(reward_app, name="reward")
 
 
 def main() -> None:
@@ -116,6 +122,12 @@ Guidance = Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 is non
 Height = Annotated[int | None, typer.Option(min=8, help="Pixels; default: what the model was made for.")]
 Width = Annotated[int | None, typer.Option(min=8, help="Pixels; default: what the model was made for.")]
 Images = Annotated[int, typer.Option("--images", min=1, help="Images per prompt.")]
+RewardNames = Annotated[
+    str,
+    typer.Option(
+        "--reward", help="Names with commas (a column each), module:attribute, '{shapes: 1, jpeg: 0.1}' (a sum)."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
 Chunk = Annotated[int, typer.Option(min=1, help="Rows per model call.")]
 
@@ -189,25 +201,47 @@ def sample(
 @app.command()
 @verb
 def score(
-    folder: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of PNGs, such as `flowrl sample` writes.")],
-    reward: Annotated[
-        str, typer.Option(help="A name, module:attribute, or a mapping such as '{shapes: 1, jpeg: 0.1}'.")
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGES...", help="A folder, a manifest (.csv, .jsonl, .json), files or patterns."),
     ],
+    reward: RewardNames,
     prompts: Annotated[str | None, typer.Option(help="Prompts of the images in the order of their names.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the scores; default: IMAGES/scores.jsonl.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="The prompt of all images, or one for each.")
+    ] = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="File that ends in .jsonl (default: IMAGES/scores.jsonl), .csv, .json, .html; repeatable."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Score images with any reward.
+    """Score images with any rewards; what is scored already is kept.
 
-    Example: flowrl score stars --reward shapes
+    Example: flowrl score stars --reward shapes,jpeg --out stars/scores.jsonl --out stars/scores.html
     """
-    from flowrl.commands import pictures
+    from flowrl.commands import scoring
 
-    found = pictures.score(folder, reward, prompts, out, device)
-    typer.echo(f"{found['reward']} of {found['images']} images, {found['missing']} without a score")
-    for name, value in {"score": found["score"], **found["parts"]}.items():
-        typer.echo(f"  {name:<20}{value['mean']:.4f}   95 % interval {value['low']:.4f} to {value['high']:.4f}")
-    typer.echo(f"written to {found['written']}")
+    scoring.score(images, reward, prompts=prompts, texts=prompt or (), outs=out or (), device=device, say=typer.echo)
+
+
+@app.command()
+@verb
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A scored folder, a scores.jsonl, a run, or its eval file.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.")],
+    score: Annotated[list[str] | None, typer.Option(help="Only this score; may be repeated.")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="File that ends in .md, .html or .json; may be repeated.")
+    ] = None,
+) -> None:
+    """Compare two sets of scored images pair by pair (same prompt, same seed or file): B minus A, with intervals.
+
+    Example: flowrl compare runs/flow_grpo runs/tree_grpo --out compared.html
+    """
+    from flowrl.commands import compare as comparing
+
+    typer.echo(comparing.compare(a, b, names=score or (), outs=out or ()))
 
 
 @bench.command("shapes")
@@ -242,6 +276,66 @@ def bench_shapes(
         low, high = value["ci95"]
         typer.echo(f"{name:<16}{value['mean']:.3f}   95 % interval {low:.3f} to {high:.3f}")
     typer.echo(f"written to {out / 'summary.json'}")
+
+
+def _suite(name: str) -> Callable[..., None]:
+    """The command of one prompt suite."""
+
+    @verb
+    def run(
+        policy: Annotated[
+            str | None, typer.Argument(metavar="[POLICY]", help="What draws; none: the images are in --out already.")
+        ] = None,
+        out: Annotated[Path, typer.Option(help="Folder of the images and results; the same command goes on there.")] = (
+            Path(f"bench_{name}")
+        ),
+        reward: Annotated[
+            list[str] | None, typer.Option(help="Scorers as in `flowrl score`, or TASK=SCORER; may be repeated.")
+        ] = None,
+        prompts: Annotated[str | None, typer.Option(help="The benchmark's prompt file or folder, or hub:...")] = None,
+        step: Annotated[list[str] | None, typer.Option(help="Only generate, score or report; may be repeated.")] = None,
+        limit: Annotated[
+            int | None, typer.Option(min=1, help="At most so many prompts, spread over the tasks.")
+        ] = None,
+        images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the benchmark's.")] = None,
+        steps: Steps = 20,
+        guidance: Guidance = 1.0,
+        height: Height = None,
+        width: Width = None,
+        seed: Seed = 0,
+        chunk: Chunk = 64,
+        lora: LoraPath = None,
+        device: Device = "auto",
+        dtype: Dtype = "float32",
+    ) -> None:
+        from benchmarks.suites.pages import brief
+        from benchmarks.suites.run import STEPS
+        from benchmarks.suites.run import run as measure
+        from flowrl.commands import pictures
+        from flowrl.sampling import SampleSettings
+
+        drawn = {
+            "policy": policy, "lora": lora, "dtype": dtype, "steps": steps, "guidance": guidance, "height": height,
+            "width": width, "seed": seed,
+        }  # fmt: skip
+        summary = measure(
+            name, out, steps=step or STEPS, source=prompts, rewards=reward or (), limit=limit, images=images,
+            open_policy=functools.partial(pictures.open_policy, policy, lora=lora, device=device, dtype=dtype)
+            if policy else None,
+            settings=SampleSettings(steps, guidance, height, width, 1, seed, chunk),
+            drawn=drawn if policy else {}, device=device, say=typer.echo,
+        )  # fmt: skip
+        if summary is not None:
+            _say(brief(summary))
+            typer.echo(f"written to {out / 'summary.json'}, report.md and report.html")
+
+    return run
+
+
+for _name, (_about, _example) in SUITES.items():
+    bench.command(_name, help=f"{_about} Generates, scores and reports.\n\nExample: flowrl bench {_name} {_example}")(
+        _suite(_name)
+    )
 
 
 @bench.command("methods")
@@ -282,6 +376,45 @@ def bench_methods(
     typer.echo(f"written to {out / 'summary.json'}, table.md, curves.png and report.html")
 
 
+@reward_app.command("bench")
+@verb
+def reward_bench(
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="imagereward, hpdv2, pickapic, genai or genai-cmu.")],
+    labels: Annotated[Path, typer.Argument(metavar="LABELS", help="The file with the human judgements.")],
+    reward: RewardNames,
+    images: Annotated[Path, typer.Option(help="Folder to which the image names of LABELS are relative.")] = Path("."),
+    validation: Annotated[
+        Path | None, typer.Option(help="pickapic: labels on which the threshold of a tie is chosen.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="pickapic: what scores are multiplied by before the softmax.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of scores and result; the same command goes on there.")] = Path(
+        "reward_bench"
+    ),
+    device: Device = "auto",
+) -> None:
+    """How often scorers agree with people, by the rule of each data set, with intervals over prompts.
+
+    Example: flowrl reward bench imagereward test.json --images test --reward pickscore,clip --out agreement
+    """
+    from benchmarks import preference_bench
+
+    found = preference_bench.run(
+        form,
+        labels,
+        images,
+        reward,
+        out,
+        validation=validation,
+        scale=scale,
+        limit=limit,
+        device=device,
+        say=typer.echo,
+    )
+    _say(preference_bench.brief(found))
+    typer.echo(f"written to {out / 'summary.json'}")
+
+
 @app.command()
 @verb
 def report(run: RunFolder) -> None:
@@ -317,6 +450,47 @@ def validate(
         from flowrl.estimate import estimate as compute
 
         _say(compute(loaded, _processes()).lines())
+
+
+@app.command()
+@verb
+def serve(
+    rewards: Annotated[
+        list[str],
+        typer.Argument(metavar="REWARD...", help="A name or module:attribute; NAME=REWARD serves it as NAME."),
+    ],
+    host: Annotated[str, typer.Option(help="An address of this machine; others can reach all but 127.0.0.1.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8400,
+    token_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the token that clients must have.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Images of a call that requests share; 1: calls as they come.")
+    ] = 32,
+    wait_ms: Annotated[float, typer.Option(min=0.0, help="How long a request waits for others.")] = 5.0,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 2048,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
+    max_items: Annotated[int, typer.Option(min=1, help="Images of a request.")] = 256,
+    max_mb: Annotated[int, typer.Option(min=1, help="Size of a request.")] = 256,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of an image.")] = 2**24,
+    device: Device = "auto",
+) -> None:
+    """Serve rewards over HTTP, to trainers on other machines or in other environments.
+
+    Example: flowrl serve hpsv2.1 pickscore --port 8400
+    """
+    from flowrl.commands import serve as serving
+
+    limits = {
+        "queue": queue, "timeout_s": timeout, "items": max_items, "body": max_mb * 2**20, "image_pixels": max_pixels,
+        "request_pixels": max(2**26, max_pixels), "memory": max(2**31, 2 * max_mb * 2**20, 6 * max_pixels),
+    }  # fmt: skip
+    serving.serve(
+        rewards, host=host, port=port, token_env=token_env, device=device, limits=limits, say=typer.echo, batch=batch,
+        wait_s=wait_ms / 1000,
+    )  # fmt: skip
 
 
 @app.command()
@@ -373,6 +547,9 @@ def export(
     from flowrl.export import export as write
 
     typer.echo(f"exported to {write(run, out or run / 'export', merge=merge, device=device, sheet=sheet)}")
+
+
+cli_reward.add_to(reward_app, verb)
 
 
 def _processes() -> int:

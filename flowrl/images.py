@@ -28,7 +28,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Item:
-    """An image with its prompt. `seed_index`: which image of its prompt; `prompt_id`: equal for equal prompts of a task."""
+    """An image with its prompt. seed_index: which image of its prompt. prompt_id: equal for equal prompts of a task."""
 
     image: str
     path: Path

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mixture import WeightedSum
+from . import recipe
 from .protocol import Metadata, Reward, RewardError, RewardResult, RewardSpec, as_result
 
 # name -> (what it is, class, fixed arguments); classes are imported on use, as some need heavy libraries
@@ -34,8 +34,129 @@ BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "jpeg": ("compressibility: minus the JPEG size in kB / 500", "rules:JpegReward", {"incompressible": False}),
     "jpeg-incompress": ("incompressibility: the JPEG size in kB", "rules:JpegReward", {"incompressible": True}),
+    "ocr": ("how much of the quoted text of the prompt can be read in the image, 0 to 1", "ocr:OcrReward", {}),
+    "geneval-hf": (
+        "GenEval's official decision with Mask2Former of transformers and CLIP colours, 0 or 1",
+        "geneval_hf:GenevalReward",
+        {"kind": "geneval-hf"},
+    ),
+    "geneval-hf-strict": (
+        "the same with exact counts, 0 or 1",
+        "geneval_hf:GenevalReward",
+        {"kind": "geneval-hf-strict"},
+    ),
+    "geneval-hf-soft": (
+        "how much of the prompt is right, at most 1",
+        "geneval_hf:GenevalReward",
+        {"kind": "geneval-hf-soft"},
+    ),
+    "geneval-stored": ("GenEval from detections in the metadata", "geneval_stored:GenevalStoredReward", {}),
+    "layout-iou": ("how well detected boxes meet the layout of the metadata, 0 to 1", "layout:LayoutReward", {}),
+    "checklist": ("yes/no questions of the metadata, answered by BLIP-VQA, 0 to 1", "checklist:ChecklistReward", {}),
+    "validity": ("1 unless the image is blank, dark, flat or of the wrong size", "gates:ValidityReward", {}),
     "tiny-clip": ("cosine of image and prompt in the box's CLIP model", "clip_score:ClipScore", {"path": "tiny-clip"}),
+    "trained": (
+        "a scorer that `flowrl reward train` wrote: {trained: {weight: 1, path: FOLDER}}, or the folder as the name",
+        "training.scorer:open_trained",
+        {},
+    ),
     "clip": ("the same with any CLIPModel folder: {clip: {weight: 1, path: FOLDER}}", "clip_score:ClipScore", {}),
+    "clip-score": (
+        "CLIPScore as published: 2.5 max(cosine, 0), CLIP ViT-B/32",
+        "clip_score:ClipScore",
+        {
+            "path": "openai/clip-vit-base-patch32",
+            "name": "clip-score",
+            "formula": "hessel",
+            "licence": "MIT",
+            "chunk": 32,
+        },
+    ),
+    "clip-cosine": (
+        "cosine of image and prompt in CLIP ViT-B/32",
+        "clip_score:ClipScore",
+        {"path": "openai/clip-vit-base-patch32", "name": "clip-cosine", "licence": "MIT", "chunk": 32},
+    ),
+    "clip-logit-30": (
+        "logit of CLIP ViT-L/14 / 30 after a bilinear resize (Adv-GRPO's CLIP score)",
+        "clip_score:flow_grpo_clip",
+        {"divisor": 30},
+    ),
+    "clip-logit-100": ("the same / 100 (DiffusionNFT's CLIP score)", "clip_score:flow_grpo_clip", {"divisor": 100}),
+    "pickscore": (
+        "PickScore v1: the logit of its CLIP ViT-H/14, about 18 to 24",
+        "clip_score:ClipScore",
+        {
+            "path": "yuvalkirstain/PickScore_v1",
+            "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+            "name": "pickscore",
+            "formula": "logit",
+            "chunk": 32,
+        },
+    ),
+    "hpsv2": (
+        "HPSv2: a cosine, about 0.2 to 0.35",
+        "clip_score:hpsv2",
+        {"path": "xswu/HPSv2:HPS_v2_compressed.pt", "name": "hpsv2"},
+    ),
+    "hpsv2.1": (
+        "HPSv2.1: a cosine, about 0.2 to 0.35",
+        "clip_score:hpsv2",
+        {"path": "xswu/HPSv2:HPS_v2.1_compressed.pt", "name": "hpsv2.1"},
+    ),
+    "siglip": (
+        "cosine of image and prompt in SigLIP so400m; {formula: logit} or probability for its own",
+        "clip_score:ClipScore",
+        {"path": "google/siglip-so400m-patch14-384", "name": "siglip", "licence": "Apache-2.0", "chunk": 32},
+    ),
+    "aesthetic": ("LAION aesthetic predictor v2 on CLIP ViT-L/14, about 1 to 10", "aesthetic:Aesthetic", {}),
+    "imagereward": ("ImageReward: BLIP with a head, about N(0, 1)", "image_reward:ImageReward", {}),
+    "exemplar": (
+        "likeness to reference images or texts: {references: FOLDER, features: clip}",
+        "exemplar:ExemplarReward",
+        {},
+    ),
+    "dino-similarity": (
+        "likeness to reference images in DINOv2 ViT-B/14",
+        "exemplar:ExemplarReward",
+        {"features": "dino"},
+    ),
+    "adversarial": (
+        "logit of a discriminator that is trained online against reference images (Adv-GRPO)",
+        "adversarial:AdversarialReward",
+        {},
+    ),
+    "frechet": (
+        "each image's share of minus the Frechet distance from reference images",
+        "sets:SetReward",
+        {"statistic": "frechet"},
+    ),
+    "kid": (
+        "each image's share of minus the kernel distance from reference images",
+        "sets:SetReward",
+        {"statistic": "kid"},
+    ),
+    "vendi": (
+        "each image's share of the Vendi score: how different the images are",
+        "sets:SetReward",
+        {"statistic": "vendi"},
+    ),
+    "win-rate": ("share of its prompt's images that a judge finds worse", "judges.build:win_rate", {}),
+    "unified-reward": ("UnifiedReward behind an endpoint: one image or pairs", "judges.build:unified_reward", {}),
+    "unified-reward-think": (
+        "win rate by UnifiedReward-Think behind an endpoint",
+        "judges.build:unified_reward_think",
+        {},
+    ),
+    "unified-reward-flex": (
+        "overall and category win rates by UnifiedReward-Flex behind an endpoint",
+        "judges.build:unified_reward_flex",
+        {},
+    ),
+    "edit-score": ("EditScore behind an endpoint, 0 to 10; needs source images", "judges.build:edit_score", {}),
+    "viescore": ("VIEScore by a model behind an endpoint, 0 to 10", "judges.build:viescore", {}),
+    "vlm-judge": ("any model behind an endpoint: rates, or compares", "judges.build:vlm_judge", {}),
+    "unigenbench": ("share of UniGenBench's test points that an image passes", "judges.build:unigenbench", {}),
 }
 
 
@@ -51,11 +172,13 @@ def load(
 
     Args:
         spec: one of
-            a built-in name (see ``names()``);
+            a built-in name (see ``names()``), or the folder of a trained scorer (see ``training``);
             ``"module:attribute"`` or ``"file.py:attribute"``: a function ``(images, prompts, metadata)`` that returns
             N numbers (None: missing) or a ``RewardResult``, or a class whose ``score`` does the same. Either may have a
             parameter ``groups`` besides;
-            a mapping ``{name: weight}`` or ``{name: {weight: w, option: value, ...}}``: the weighted sum.
+            ``"http://HOST:PORT"`` or ``"http://HOST:PORT#NAME"``: a reward of a server (see ``remote``);
+            a mapping ``{name: weight}`` or ``{name: {weight: w, option: value, ...}}``: the weighted sum;
+            a mapping ``{combine: ...}`` or ``{transform: ...}``, see ``recipe``.
         device: where learned rewards compute.
         options: passed to the reward (single names only).
 
@@ -63,13 +186,15 @@ def load(
         ValueError: unknown name (the nearest is suggested), import path that leads nowhere, bad options or weights.
         RewardError: a user's module or class raised while it was being loaded.
     """
-    if isinstance(spec, Mapping):
-        return _load_sum(spec, device)
     if not isinstance(spec, str):
-        raise ValueError(
-            f"got reward {spec!r} of type {type(spec).__name__}, expected a name, 'module:attribute' or a mapping "
-            "{name: weight}. See `flowrl list`."
-        )
+        node = recipe.parse(spec, options)
+        return recipe.build(node, lambda named: load(named.name, device, **named.options))
+    if spec.startswith(("http://", "https://")):
+        from .remote import RemoteReward  # brings httpx
+
+        return RemoteReward(**_checked_options(spec, RemoteReward, device, {"url": spec, **options}))
+    if is_folder(spec):
+        spec, options = "trained", {"path": spec, **options}
     if ":" in spec:
         return _load_user(spec, device, options)
     if spec not in BUILT_IN:
@@ -82,19 +207,9 @@ def load(
     return target(**_checked_options(spec, target, device, options))
 
 
-def _load_sum(spec: Mapping[str, float | Mapping[str, Any]], device: str | torch.device) -> WeightedSum:
-    rewards: dict[str, Reward] = {}
-    weights: dict[str, float] = {}
-    for name, entry in spec.items():
-        options = dict(entry) if isinstance(entry, Mapping) else {"weight": entry}
-        weight = options.pop("weight", None)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(
-                f"got {entry!r} for reward {name!r}, expected a weight. Write {name}: 1.0 or {name}: "
-                "{weight: 1.0, option: value}."
-            )
-        rewards[name], weights[name] = load(name, device, **options), float(weight)
-    return WeightedSum(rewards, weights)
+def is_folder(name: str) -> bool:
+    """Whether this is the folder of a reward that `flowrl reward train` wrote."""
+    return (Path(name).expanduser() / "reward.json").is_file()
 
 
 def _checked_options(
@@ -189,9 +304,10 @@ class UserReward:
 
     def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
         self.function, self.options = function, dict(options or {})
-        self.spec = RewardSpec(name=name, version="user")
         signature = inspect.signature(function)
         self._takes_groups = "groups" in signature.parameters
+        # what asks for groups must see them whole, and is not cut into batches
+        self.spec = RewardSpec(name=name, version="user", scope="group" if self._takes_groups else "point")
         try:
             signature.bind(None, None, None, **self._keywords(None))
         except TypeError as error:

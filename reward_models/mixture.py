@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal, cast
+from collections.abc import Collection, Mapping
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .protocol import Metadata, Reward, RewardResult, RewardSpec, checked_score
+from .schedule import at
 
 SCOPES = ("point", "group", "set")  # from narrow to wide
 
@@ -66,20 +67,51 @@ class WeightedSum:
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
     ) -> RewardResult:
         """See ``Reward.score``."""
+        used = {name for name, weight in self.weights.items() if weight}
+        found = score_parts(self.rewards, used, images, prompts, metadata, groups)
         total = torch.zeros(len(images), dtype=torch.float64)
-        parts: dict[str, Tensor] = {}
-        inner: dict[str, Tensor] = {}
-        reasons: list[str | None] = [None] * len(images)
-        for name, reward in self.rewards.items():
-            result = checked_score(reward, images, prompts, metadata, groups, all_missing="allow")
-            parts[name] = result.values
-            for key, part in result.parts.items():
-                same = key in inner and torch.allclose(inner[key], part, rtol=0, atol=0, equal_nan=True)
-                inner[key if key not in inner or same else f"{name}/{key}"] = part
-            if self.weights[name]:
-                total += self.weights[name] * result.values.double()  # NaN stays NaN: a missing part is a missing sum
-                reasons = [
-                    old if new is None else f"{name}: {new}" if old is None else f"{old}; {name}: {new}"
-                    for old, new in zip(reasons, result.reasons, strict=True)
-                ]
-        return RewardResult(total.float(), inner | parts, reasons)
+        for name in self.rewards:
+            if name in used:  # NaN stays NaN: a missing part is a missing sum
+                total += self.weights[name] * found.results[name].values.double()
+        return RewardResult(total.float(), found.parts, found.reasons)
+
+    def at(self, update: int | None) -> WeightedSum:
+        """The sum as it stands at an update, see ``schedule.at``."""
+        return WeightedSum({name: at(reward, update) for name, reward in self.rewards.items()}, self.weights)
+
+
+class Parts(NamedTuple):
+    """What several rewards said about N images.
+
+    results: by name. parts: their raw values under their names, and the parts inside them; where two differ under one
+    name, the second is called "reward/part". reasons: N, joined from those of the used rewards.
+    """
+
+    results: dict[str, RewardResult]
+    parts: dict[str, Tensor]
+    reasons: list[str | None]
+
+
+def score_parts(
+    rewards: Mapping[str, Reward],
+    used: Collection[str],
+    images: Tensor,
+    prompts: list[str],
+    metadata: list[Metadata],
+    groups: Tensor | None,
+) -> Parts:
+    """Ask several rewards about the same images. ``used``: those whose reasons count; the others are logged only."""
+    results: dict[str, RewardResult] = {}
+    inner: dict[str, Tensor] = {}
+    reasons: list[str | None] = [None] * len(images)
+    for name, reward in rewards.items():
+        result = results[name] = checked_score(reward, images, prompts, metadata, groups, all_missing="allow")
+        for key, part in result.parts.items():
+            same = key in inner and torch.allclose(inner[key], part, rtol=0, atol=0, equal_nan=True)
+            inner[key if key not in inner or same else f"{name}/{key}"] = part
+        if name in used:
+            reasons = [
+                old if new is None else f"{name}: {new}" if old is None else f"{old}; {name}: {new}"
+                for old, new in zip(reasons, result.reasons, strict=True)
+            ]
+    return Parts(results, inner | {name: result.values for name, result in results.items()}, reasons)

@@ -18,6 +18,9 @@ import hypothesis
 import pytest
 import torch
 
+from reward_models.torchvision_ops import ready
+
+ready()  # transformers, diffusers and timm import torchvision, which may have been built for another torch
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("flowrl", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("flowrl")

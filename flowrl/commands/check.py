@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 from flowrl.config import Config
 from flowrl.errors import UserError
@@ -40,11 +41,27 @@ def check(config: Config) -> Iterator[str]:
         yield f"{name}: {len(loaded)} prompts from {source}"
     if problems:
         raise UserError("\n".join(["the prompts cannot be used:", *problems]))
+    yield from served(config)
     images = config.prompts_per_update * config.group_size
     yield f"one update: {config.prompts_per_update} groups of {config.group_size}, {images} images"
     if "prompts" in counts:
         yield f"the run: {config.updates * config.prompts_per_update / counts['prompts']:.1f} passes over the prompts"
     yield from (f"note: {line}" for line in lacking(config))
+
+
+def served(config: Config) -> Iterator[str]:
+    """Asks the reward servers that the config names what they serve. Raises UserError where one does not answer."""
+    from reward_models import RewardError, load, recipe
+
+    specs: list[Any] = [config.reward]
+    specs += [config.eval.rewards, config.eval.judge] if config.eval is not None else []
+    named = [each for spec in specs if spec for each in recipe.named(recipe.parse(spec))]
+    for each in {each.name: each for each in named if each.name.startswith(("http://", "https://"))}.values():
+        try:
+            spec = load(each.name, **each.options).spec
+        except (RewardError, ValueError) as error:
+            raise UserError(str(error)) from error
+        yield f"reward server: {each.name} serves {spec.name}, version {spec.version}"
 
 
 def lacking(config: Config) -> Iterator[str]:

@@ -18,6 +18,8 @@ OPTIONAL = {  # package -> what it is for
     "xformers": "policy.attention: xformers (pip install flowrl[xformers])",
     "flash_attn": "policy.attention: flash (pip install flash-attn)",
     "datasets": "prompts from the hub (pip install flowrl[hub])",
+    "fastapi": "flowrl serve (pip install flowrl[serve])",
+    "uvicorn": "flowrl serve (pip install flowrl[serve])",
     "tensorboard": "logging.trackers: [tensorboard] (pip install flowrl[tracking])",
     "wandb": "logging.trackers: [wandb] (pip install flowrl[tracking])",
 }
