@@ -18,6 +18,7 @@ import io
 import json
 import math
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -34,21 +35,32 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_HEADER = struct.Struct(">8sI4sIIBB")  # signature, length and name of the first chunk, width, height, depth, colour
-Z_RLE = 3  # zlib's strategy: a third faster than its default, and smaller for natural images
 PNG_RGB = 2  # colour type of the PNG standard: three samples per pixel, no palette, no alpha
 
 
 def encode_png(image: Tensor) -> bytes:
-    """An image as PNG, packed quickly (run lengths only), because time matters more than bytes here.
+    """An image as PNG, written quickly: time matters more than bytes here.
+
+    Rows as differences from the row above (filter 2 of the PNG standard), packed by run lengths only. Takes a third of
+    the time of Pillow's fastest setting.
 
     Args:
         image: (3, H, W) uint8 on the CPU.
     """
     _, height, width = image.shape
-    pixels = image.permute(1, 2, 0).contiguous().numpy().tobytes()
-    out = io.BytesIO()
-    Image.frombytes("RGB", (width, height), pixels).save(out, "PNG", compress_level=1, compress_type=Z_RLE)
-    return out.getvalue()
+    pixels = image.permute(1, 2, 0)
+    rows = torch.full((height, 1 + 3 * width), 2, dtype=torch.uint8)
+    body = rows[:, 1:].view(height, width, 3)
+    body.copy_(pixels)
+    body[1:] -= pixels[:-1]  # modulo 256
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+    packed = packer.compress(rows.numpy().tobytes()) + packer.flush()
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, PNG_RGB, 0, 0, 0)
+    return PNG_SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
 def png_size(data: bytes) -> tuple[int, int]:

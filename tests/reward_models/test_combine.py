@@ -64,6 +64,40 @@ def test_a_weight_of_zero_is_logged_only_and_a_missing_part_is_missing():
     assert out.missing.tolist() == [False, True, True] and "b gave NaN" in out.reasons[2]
 
 
+class Channel:
+    """The mean of one colour channel, with a gradient."""
+
+    def __init__(self, number):
+        self.spec, self.number = RewardSpec(f"channel {number}", range=(0.0, 1.0), differentiable=True), number
+
+    def differentiable(self, images, prompts):
+        return images[:, self.number].mean((1, 2))
+
+    def score(self, images, prompts, metadata, groups=None):
+        return RewardResult(self.differentiable(images, prompts))
+
+
+def test_a_rule_has_the_gradient_of_its_used_parts():
+    images = torch.zeros(1, 3, 8, 8)
+    images[0, 0], images[0, 1] = 51 / 255, 204 / 255  # 0.2 and 0.8
+    images.requires_grad_()
+    parts = {"a": Channel(0), "b": Channel(1), "c": Fixed("c", [0.5])}
+    weights = {"a": 1.0, "b": 1.0, "c": 0.0}
+    # d / d a, d / d b of: a b; min(a, b); sqrt(a b); (a + b) / 2
+    slopes = {"product": (0.8, 0.2), "minimum": (1, 0), "geometric_mean": (1.0, 0.25), "ensemble": (0.5, 0.5)}
+    for rule, wanted in slopes.items():
+        reward = Combined(parts, weights, rule)
+        assert reward.spec.differentiable
+        value = reward.differentiable(images, ["p"])
+        assert value.tolist() == pytest.approx(values(reward, images.detach(), ["p"]), rel=1e-6)
+        (slope,) = torch.autograd.grad(value.sum(), images)
+        assert slope.sum((0, 2, 3)).tolist() == pytest.approx([*wanted, 0], rel=1e-5)
+    stiff = Combined(parts, weights | {"c": 1.0}, "product")
+    assert not stiff.spec.differentiable
+    with pytest.raises(ValueError, match="'c'.*gradient"):
+        stiff.differentiable(images, ["p"])
+
+
 positive = st.lists(st.floats(0.01, 10), min_size=2, max_size=5)
 
 
@@ -266,6 +300,21 @@ def test_hierarchy_by_hand():
     assert out.values[0].item() == pytest.approx(0.6 + 10 * (star + heart) / 2 + 100 * 0.6, rel=1e-5)
     assert out.values[1].item() == pytest.approx(0.2 + 10 * 0.1 + 100 * 0.2, rel=1e-5)
     assert rewards["subject"].asked == ["a photo of a heart", "a photo of a red star", "a photo of a red star"]
+
+
+def test_detectors_compute_where_rewards_do(monkeypatch):
+    asked = []
+
+    def detector(given, device):
+        asked.append((given, device))
+        return Boxes()
+
+    monkeypatch.setattr("reward_models.regions.load_detector", detector)
+    options = {"detector": "a/mask2former", "of": {"subject": "jpeg"}}
+    nested = {"combine": "sum", "of": {"h": {"weight": 1.0, "combine": "hierarchy", **options}}}
+    reward = reward_models.load(nested, device="meta")
+    checked_score(reward, torch.ones(1, 3, 8, 8), ["p"], [STAR_AND_HEART], all_missing="allow")
+    assert asked == [("a/mask2former", "meta")]
 
 
 def test_hierarchy_leaves_out_what_a_prompt_has_nothing_of():

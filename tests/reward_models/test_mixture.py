@@ -75,3 +75,41 @@ def test_a_cost_needs_a_negative_weight():
     with pytest.raises(ValueError, match="negative weight"):
         mix({"a": 1}, cost)
     assert checked_score(mix({"a": -1}, cost), IMAGES, PROMPTS).values.tolist() == [-1, -2, -3]
+
+
+class Linear:
+    """``slope * mean grey`` with a gradient, and a constant doubt."""
+
+    def __init__(self, slope, doubt=None):
+        self.spec = RewardSpec(f"linear {slope}", range=(0.0, 10.0), differentiable=True)
+        self.slope, self.doubt = slope, doubt
+
+    def differentiable(self, images, prompts):
+        return self.slope * images.mean((1, 2, 3))
+
+    def score(self, images, prompts, metadata, groups=None):
+        doubt = None if self.doubt is None else torch.full((len(images),), self.doubt)
+        return RewardResult(self.differentiable(images, prompts), uncertainty=doubt)
+
+
+def test_a_sum_has_the_gradient_of_its_used_parts():
+    images = (torch.arange(3 * 192).reshape(3, 3, 8, 8) % 256 / 255).requires_grad_()
+    fixed = Fixed("fixed", [1.0] * 3)
+    total = WeightedSum({"a": Linear(2.0), "b": Linear(5.0), "c": fixed}, {"a": 3.0, "b": -1.0, "c": 0.0})
+    assert total.spec.differentiable
+    values = total.differentiable(images, PROMPTS)
+    assert values.tolist() == pytest.approx(checked_score(total, images.detach(), PROMPTS).values.tolist(), rel=1e-6)
+    (slope,) = torch.autograd.grad(values.sum(), images)
+    assert torch.allclose(slope, torch.full_like(slope, (3 * 2 - 5) / 192))
+    inner = WeightedSum({"sum": total}, {"sum": 2.0})  # sums of sums
+    assert torch.allclose(inner.differentiable(images, PROMPTS), 2 * values)
+    stiff = WeightedSum({"a": Linear(2.0), "c": fixed}, {"a": 1.0, "c": 1.0})
+    assert not stiff.spec.differentiable
+    with pytest.raises(ValueError, match="'c'.*gradient"):
+        stiff.differentiable(images, PROMPTS)
+
+
+def test_doubts_add_in_squares_where_all_are_known():
+    parts, weights = {"a": Linear(1.0, 0.5), "b": Linear(1.0, 3.0), "c": Linear(1.0)}, {"a": 8.0, "b": -1.0, "c": 0.0}
+    assert checked_score(WeightedSum(parts, weights), IMAGES, PROMPTS).uncertainty.tolist() == [5.0] * 3  # (4, 3)
+    assert checked_score(WeightedSum(parts, weights | {"c": 1.0}), IMAGES, PROMPTS).uncertainty is None

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from benchmarks.service import Numbered, bad_files, fuzz, numbered_images, value_of
-from reward_models import RewardResult, RewardSpec, load, server, wire
+from reward_models import RewardError, RewardResult, RewardSpec, load, server, wire
 from reward_models.batching import PATHS, public
 from reward_models.service import Limits
 
@@ -54,8 +55,8 @@ class Gate:
         return RewardResult(images.mean((1, 2, 3)))
 
 
-def items(numbers: list[int], **more: Any) -> list[dict[str, Any]]:
-    pixels = (numbered_images(numbers) * 255).round().to(torch.uint8)
+def items(numbers: list[int], size: int = 8, **more: Any) -> list[dict[str, Any]]:
+    pixels = (numbered_images(numbers, size) * 255).round().to(torch.uint8)
     return [
         {"image": wire.base64_of(wire.encode_png(image)), "prompt": str(n), **more}
         for n, image in zip(numbers, pixels, strict=True)
@@ -232,11 +233,11 @@ def test_requests_that_wait_are_scored_together_and_each_gets_its_own() -> None:
     scorer = Numbered(seconds=0.002)
     with server.running({"n": scorer}, batch=8, wait_s=0.05) as url, ThreadPoolExecutor(12) as pool:
         numbers = list(range(1, 49))
-        found = list(pool.map(lambda n: ask(url, items([n])).json()["values"][0], numbers))
+        found = list(pool.map(lambda n: ask(url, items([n], 8 - n % 2)).json()["values"][0], numbers))
         text = HTTP.get(f"{url}/metrics").text
     assert found == value_of(torch.tensor(numbers)).tolist()
     calls = int(re.search(r"^flowrl_calls_total.* (\d+)$", text, re.MULTILINE)[1])  # type: ignore[index]
-    assert 6 <= calls <= 24, "48 requests in calls of at most 8"
+    assert 6 <= calls <= 24, "48 requests of two sizes in calls of at most 8"
     assert set(scorer.scored.values()) == {1}
 
 
@@ -345,3 +346,29 @@ def test_the_command_serves_without_heavy_libraries_and_ends_when_all_is_answere
             assert child.wait(60) == -signal.SIGTERM
         finally:
             child.kill()
+
+
+def test_the_official_package_gets_prompt_and_picture_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package, which cannot be installed beside the other requirements."""
+    seen: list[Any] = []
+
+    class Model:
+        def eval(self) -> Model:
+            return self
+
+        def score(self, prompt: str, image: Any) -> float:
+            seen.append((prompt, image.mode, image.size, image.getpixel((2, 1))))
+            return float(len(prompt))
+
+    package = types.SimpleNamespace(load=lambda name, device, med_config: Model())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.5")
+    monkeypatch.setitem(sys.modules, "ImageReward", package)
+    reward = load("reward_models.image_reward_package:ImageRewardPackage")
+    images = numbered_images([1, 2], size=5)
+    assert reward.score(images, ["ab", "c"], [{}, {}]).values.tolist() == [2, 1]
+    pixels = (images[:, :, 1, 2] * 255).round().int().tolist()
+    assert seen == [("ab", "RGB", (5, 5), tuple(pixels[0])), ("c", "RGB", (5, 5), tuple(pixels[1]))]
+    assert reward.spec.version == "1.5 ImageReward-v1.0"
+    monkeypatch.setitem(sys.modules, "ImageReward", None)
+    with pytest.raises(RewardError, match="image_reward.txt"):
+        load("reward_models.image_reward_package:ImageRewardPackage")

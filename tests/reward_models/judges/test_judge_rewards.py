@@ -228,6 +228,19 @@ def test_win_rate_by_a_named_judge():
         load("win-rate", judge=3)
 
 
+def test_who_can_judge():
+    scorer = load("jpeg")
+    judge = ScorerJudge(scorer)
+    assert build.as_judge(judge) is judge and build.as_judge(build.win_rate(judge=judge)) is judge
+    named = [build.as_judge(given) for given in (scorer, "jpeg", {"jpeg": {}}, {"win-rate": {"judge": "jpeg"}})]
+    assert {one.spec for one in named} == {judge.spec}
+    assert build.as_judge({"jpeg": 2.0}).spec.name == "2 jpeg as judge"
+    with pytest.raises(ValueError, match="scope 'group'"):
+        build.as_judge({"win-rate": {"weight": 1.0, "judge": "jpeg"}})  # a sum of one, which compares nothing
+    with pytest.raises(ValueError, match="compare"):
+        build.as_judge(3)
+
+
 def test_a_listener_s_agreement_weighs_the_verdicts():
     """The judge always names the first image; the listener sees brightness, so one order counts and the other not."""
     with serve(lambda *_: "<answer>Image 1 is better</answer>") as loud, serve(brain) as quiet:

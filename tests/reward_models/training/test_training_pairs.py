@@ -15,7 +15,7 @@ from flowrl.errors import UserError
 from reward_models import RewardResult, RewardSpec
 from reward_models.judges.pairwise import Comparison, ScorerJudge
 from reward_models.training.manifest import read
-from reward_models.training.pairs import as_judge, meetings, sift
+from reward_models.training.pairs import meetings, sift
 
 
 def pictures(*greys):
@@ -90,13 +90,6 @@ def test_what_is_missing_or_tied_makes_no_pair():
     assert sift(pictures(10, 200), "p", [{}] * 2, FirstAlways(), Grey(), order="given").compared == 1
 
 
-def test_who_can_judge():
-    judge = FirstAlways()
-    assert as_judge(judge) is judge
-    assert as_judge(type("WinRate", (), {"judge": judge})()) is judge
-    assert isinstance(as_judge(Grey()), ScorerJudge)
-
-
 def save(path, image):
     from PIL import Image
 
@@ -117,6 +110,11 @@ def test_the_verb_writes_a_manifest_that_can_be_trained_on(tmp_path):
     assert first.first.endswith("3.png") and first.second.endswith("0.png") and second.labels == {"": 1.0}
     row = json.loads(out.read_text().splitlines()[0])
     assert row["scores"][0] > row["scores"][1] and row["ranked_by"] == "jpeg as judge"
+    ranked = tmp_path / "deep" / "ranked.jsonl"
+    commands.pairs(tmp_path, ranked, rank="{win-rate: {judge: jpeg}}", score="jpeg")  # the judge inside a win rate
+    assert ranked.read_text() == out.read_text()
+    with pytest.raises(UserError, match="scope 'group'"):
+        commands.pairs(tmp_path, tmp_path / "x.jsonl", rank="{win-rate: {weight: 1, judge: jpeg}}", score="jpeg")
     with pytest.raises(UserError, match="already"):
         commands.pairs(tmp_path, out, rank="jpeg", score="jpeg")
     with pytest.raises(UserError, match="both, random or given"):
