@@ -2,13 +2,15 @@
 # make test         set up .venv and run the tests (ARGS="-m slow" for others)
 # make lint         ruff and mypy
 #
-# PYTHON=python3.11 chooses the interpreter, TORCH=torch==2.13.0 the torch build, VENV=/somewhere the environment.
+# PYTHON=python3.11 chooses the interpreter, TORCH=torch==2.13.0 the torch build, VENV=/somewhere the environment,
+# WORKERS=2 how many processes test, each on one thread.
 
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
+WORKERS ?= 2
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .PHONY: quickstart test lint clean
@@ -17,7 +19,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/flowrl train quickstart $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ EXTRAS = {
     "notebook": ["ipykernel>=6", "nbclient>=0.8", "nbformat>=5"],
 }
 EXTRAS["test"] = [
-    "pytest>=8",
+    "pytest>=8", "pytest-xdist>=3.5",
     "hypothesis>=6.80",
     "setuptools>=77",
     *EXTRAS["notebook"],
@@ -49,7 +49,7 @@ setup(
     packages=[*find_packages(include=[f"{name}{rest}" for name in PACKAGES for rest in ("", ".*")]), "flowrl.configs"],
     package_dir={"flowrl.configs": "configs"},  # configs/ installs as flowrl/configs
     package_data={
-        "flowrl.configs": ["**/*.yaml"],
+        "flowrl.configs": ["**/*.yaml", "servers/*.txt"],
         "flowrl": ["models/**/*", "templates/*"],
         "reward_models.judges": ["templates/*"],
         "": ["py.typed"],

@@ -55,6 +55,20 @@ CURVES = (
     ("KL to the starting weights", r"kl", "how far the policy has moved"),
     ("KL of one update", r"approx_kl", "how far one update moves the policy"),
     ("Gradient norm", r"grad_norm", "before clipping"),
+    (
+        "Reward that learns: right answers",
+        r"adversary/accuracy(_real|_fake|_recent)?",
+        "its share on images it has not learned yet; 0.5: it guesses",
+    ),
+    (
+        "Reward that learns: gap",
+        r"adversary/gap(_after)?",
+        "reward of references minus that of images; after its steps",
+    ),
+    ("Reward that learns: both sides", r"adversary/reward_\w+", "mean rewards of references and of generated images"),
+    ("Spread within a group", r"advantage/spread", "standard deviation of the rewards of a prompt, mean over prompts"),
+    ("Narrow groups", r"advantage/narrow_groups", "share of the groups whose rewards hardly differ"),
+    ("Amplification", r"advantage/amplification", "advantages over differences of rewards; a rise: noise is enlarged"),
     ("Groups without a signal", r"advantage/zero_variance_groups", "all images of the group have the same reward"),
     ("Loss", r"loss|policy_loss", "says little by itself"),
 )

@@ -77,6 +77,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
         stack.callback(world.leave)
         prompts = load_prompts(**config.prompts.model_dump())
         reward = load_reward(config.reward, device=world.device)
+        adversary = Adversary.make(config.adversary, reward, config.seed)
         scorers = _scorers(config, world)
         objective, layer_tuning = make_objective(config), make_layer_tuning(config)
         on_leaves = "leaves" in objective.needs
@@ -85,7 +86,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
         run = stack.enter_context(Run.open(config, world, resume=resume, rewards=specs))
         policy = policy or _load_policy(config, objective, world, run)
         _check_sizes(config, policy)
-        state = State.create(config, policy, Adversary.make(config.adversary, reward, config.seed))
+        state = State.create(config, policy, adversary)
         run.load(state, policy)
         run.encode_once(policy, prompts)
         if state.update == 0:

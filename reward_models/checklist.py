@@ -9,7 +9,6 @@ VQAScore's question is ``{"questions": ["Does this figure show \\"PROMPT\\"?"]}`
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import weights
+from .plug_ins import plug_in
 from .preprocess import Preprocessing
 from .protocol import Metadata, RewardError, RewardResult, RewardSpec
 from .torchvision_ops import ready
@@ -192,15 +192,7 @@ def load_answerer(spec: str | Answerer | None, device: str | torch.device = "cpu
         return spec
     if spec is None or ":" not in spec:
         return BlipAnswerer(spec or BLIP, device=device)
-    module, _, attribute = spec.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"got answerer {spec!r}, which is not there ({error}), expected 'module:attribute' that maps images and "
-            "questions to probabilities of yes. Correct the name."
-        ) from error
-    return found() if isinstance(found, type) else found
+    return plug_in(spec, "answerer", "'module:attribute' that maps images and questions to probabilities of yes")
 
 
 class ChecklistReward:

@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .mixture import SCOPES, Parts, score_parts
+from .mixture import combined_spec, score_parts, with_gradient
 from .protocol import Metadata, Reward, RewardResult, RewardSpec
-from .schedule import Schedule, at
+from .schedule import Schedule, all_at
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 
@@ -105,14 +105,16 @@ class Combined:
         parts = ", ".join(
             name if self.weights[name] == 1 else f"{name}^{self.weights[name]:g}" for name in self.rewards
         )
-        object.__setattr__(self, "spec", combined_spec(f"{self.rule}({parts})", self.rewards, (low, high)))
+        spec = combined_spec(f"{self.rule}({parts})", self.rewards, (low, high))
+        smooth = all(self.rewards[name].spec.differentiable for name in used)
+        object.__setattr__(self, "spec", replace(spec, differentiable=smooth))
 
     def _used_weights(self) -> Tensor:
         return torch.tensor([self.weights[name] for name in _used(self.weights)], dtype=torch.float64)
 
     def at(self, update: int | None) -> Combined:
         """The combination as it stands at an update, see ``schedule.at``."""
-        return replace(self, rewards={name: at(reward, update) for name, reward in self.rewards.items()})
+        return replace(self, rewards=all_at(self.rewards, update))
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
@@ -124,6 +126,15 @@ class Combined:
         uncertainty = spread(values, self._used_weights()).float() if self.rule == "ensemble" else None
         combined = RULES[self.rule](values, self._used_weights()).float()
         return RewardResult(combined, found.parts, found.reasons, uncertainty)
+
+    def differentiable(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The value with a gradient: (N, 3, H, W), N prompts -> (N,). Infinite slopes at 0 are the rule's own.
+
+        Raises:
+            ValueError: a used part has no gradient.
+        """
+        values = with_gradient(self.rewards, _used(self.weights), images, prompts)
+        return RULES[self.rule](values, self._used_weights().to(values.device)).float()
 
 
 @dataclass(frozen=True)
@@ -180,8 +191,7 @@ class Gate:
 
     def at(self, update: int | None) -> Gate:
         """The gate as it stands at an update, see ``schedule.at``."""
-        rewards = {name: at(reward, update) for name, reward in self.rewards.items()}
-        return replace(self, rewards=rewards, update=update)
+        return replace(self, rewards=all_at(self.rewards, update), update=update)
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
@@ -240,8 +250,7 @@ class Trust:
 
     def at(self, update: int | None) -> Trust:
         """The reward as it stands at an update, see ``schedule.at``."""
-        rewards = {name: at(reward, update) for name, reward in self.rewards.items()}
-        return replace(self, rewards=rewards, update=update)
+        return replace(self, rewards=all_at(self.rewards, update), update=update)
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
@@ -284,22 +293,6 @@ def group_index(groups: Tensor | None, prompts: list[str]) -> Tensor:
     return torch.tensor([places.setdefault(prompt, len(places)) for prompt in prompts], dtype=torch.long)
 
 
-def combined_spec(
-    name: str, rewards: Mapping[str, Reward], range: tuple[float, float] = (-math.inf, math.inf)
-) -> RewardSpec:
-    """The spec of something that is made of rewards: the widest scope, all versions, licences and preprocessings."""
-    specs = {key: reward.spec for key, reward in rewards.items()}
-    scope = max((spec.scope for spec in specs.values()), key=SCOPES.index)
-    return RewardSpec(
-        name=name,
-        version=" + ".join(spec.version for spec in specs.values()),
-        scope=cast('Literal["point", "group", "set"]', scope),
-        range=range,
-        licence=", ".join(sorted({spec.licence for spec in specs.values()})),
-        preprocessing="; ".join(f"{key}: {spec.preprocessing}" for key, spec in specs.items()),
-    )
-
-
 def _used(weights: Mapping[str, float]) -> list[str]:
     return [name for name, weight in weights.items() if weight]
 
@@ -322,4 +315,4 @@ def _say(threshold: Any) -> str:
     return "->".join(f"{value:g}" for value in schedule.values)
 
 
-__all__ = ["RULES", "Combined", "Gate", "Parts", "Trust", "combined_spec", "group_index", "trust_weights"]
+__all__ = ["RULES", "Combined", "Gate", "Trust", "group_index", "trust_weights"]

@@ -8,7 +8,6 @@ the 8-bit grid (OpenCV rounds in fixed point), and entries that cannot reach ``f
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.nn.functional import interpolate, pad
 
 from . import weights
 from .geneval import Box, Detection, Detector, iou
+from .plug_ins import plug_in
 from .protocol import RewardError
 from .torchvision_ops import ready
 
@@ -232,12 +232,6 @@ def _named(spec: str | None, device: str) -> Detector:
         return ShapesDetector()
     if spec is None or ":" not in spec:
         return Mask2FormerDetector(spec or MASK2FORMER, device=device)
-    module, _, attribute = spec.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"got detector {spec!r}, which is not there ({error}), expected 'shapes', a Mask2Former or "
-            "'module:attribute' with `classes` and `detect(images)`. Correct the name."
-        ) from error
-    return found() if isinstance(found, type) else found
+    return plug_in(
+        spec, "detector", "'shapes', a Mask2Former or 'module:attribute' with `classes` and `detect(images)`"
+    )

@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from .protocol import RewardResult
 
 RELATIONS = ("left of", "right of", "above", "below")
 Box = tuple[float, float, float, float]
@@ -306,3 +309,12 @@ def image_and_prompt_shares(prompt_ids: Sequence[object], correct: Sequence[floa
     for prompt, value in zip(prompt_ids, correct, strict=True):
         best[prompt] = max(best.get(prompt, 0.0), float(value))
     return sum(map(float, correct)) / len(correct), sum(best.values()) / len(best)
+
+
+def result_of(answers: Sequence[Judgement | str], kinds: Sequence[str], kind: str) -> RewardResult:
+    """The result of a reward from judgements (or why there is none): parts in the order official, strict, soft."""
+    nothing = (math.nan, math.nan, math.nan)
+    rows = [nothing if isinstance(a, str) else (float(a.correct), float(a.strict), a.soft) for a in answers]
+    parts = dict(zip(kinds, torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).unbind(1), strict=True))
+    reasons = [a if isinstance(a, str) else a.reason or None for a in answers]
+    return RewardResult(parts[kind], parts, reasons)

@@ -10,7 +10,6 @@ activation in its configuration, and any other one is refused here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .detectors import load_detector
-from .geneval import ColourClassifier, ColoursOf, Detection, Detector, Judgement, Options, check_metadata, judge
+from .geneval import (
+    ColourClassifier,
+    ColoursOf,
+    Detection,
+    Detector,
+    Judgement,
+    Options,
+    check_metadata,
+    judge,
+    result_of,
+)
 from .preprocess import normalise
 from .protocol import Metadata, RewardResult, RewardSpec
 from .two_towers import from_folder
@@ -134,15 +143,6 @@ def remembering(colours_of: ColoursOf, memory: dict[Detection, str]) -> ColoursO
         return [memory[found] for found in objects]
 
     return ask
-
-
-def result_of(answers: Sequence[Judgement | str], kinds: Sequence[str], kind: str) -> RewardResult:
-    """The result of a reward from judgements (or why there is none): parts in the order official, strict, soft."""
-    nothing = (math.nan, math.nan, math.nan)
-    rows = [nothing if isinstance(a, str) else (float(a.correct), float(a.strict), a.soft) for a in answers]
-    parts = dict(zip(kinds, torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).unbind(1), strict=True))
-    reasons = [a if isinstance(a, str) else a.reason or None for a in answers]
-    return RewardResult(parts[kind], parts, reasons)
 
 
 class GenevalReward:

@@ -19,8 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .geneval import Detection, Judgement, Options, image_and_prompt_shares, judge, record
-from .geneval_hf import result_of
+from .geneval import Detection, Judgement, Options, image_and_prompt_shares, judge, record, result_of
 from .protocol import Metadata, RewardResult, RewardSpec
 
 KINDS = ("geneval-stored", "geneval-stored-strict", "geneval-stored-soft")

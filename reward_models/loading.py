@@ -188,7 +188,7 @@ def load(
     """
     if not isinstance(spec, str):
         node = recipe.parse(spec, options)
-        return recipe.build(node, lambda named: load(named.name, device, **named.options))
+        return recipe.build(node, lambda named: load(named.name, device, **named.options), device)
     if spec.startswith(("http://", "https://")):
         from .remote import RemoteReward  # brings httpx
 

@@ -34,7 +34,7 @@ class RewardSpec:
         higher_is_better: False for distances and other costs.
         licence: of the weights, or of the code if there are none.
         preprocessing: what happens to an image before it is scored (resize kind, crop, normalisation, dtype).
-        differentiable: whether ``differentiable(images, prompts)`` exists and carries a gradient.
+        differentiable: whether ``differentiable(images, prompts)`` carries a gradient; if not, it is absent or raises.
     """
 
     name: str

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .combine import RULES, Combined, Gate, Trust
 from .mixture import WeightedSum
 from .protocol import Reward, RewardSpec
@@ -43,7 +45,7 @@ SPECIAL: dict[str, Callable[..., Reward]] = {
     "regional": Regional,
 }
 COMBINATIONS = ("sum", *RULES, *SPECIAL)
-OURS = {"rewards", "weights", "reward", "rule", "update", "spec"}  # parameters that no option may name
+OURS = {"rewards", "weights", "reward", "rule", "update", "spec", "device"}  # parameters that no option may name
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,11 @@ def named(node: Node) -> Iterator[Named]:
             yield from named(part)
 
 
-def build(node: Node, load: Callable[[Named], Reward]) -> Reward:
-    """The reward object. ``load``: makes one of a name and its options.
+def build(node: Node, load: Callable[[Named], Reward], device: str | torch.device = "cpu") -> Reward:
+    """The reward object.
+
+    Args:
+        node: what to build. load: makes a reward of a name and its options. device: where detectors compute.
 
     Raises:
         ValueError: options or weights that do not fit; what ``load`` raises.
@@ -205,8 +210,8 @@ def build(node: Node, load: Callable[[Named], Reward]) -> Reward:
     if isinstance(node, Named):
         return load(node)
     if isinstance(node, Transformation):
-        return transforms()[node.kind](build(node.of, load), **node.options)
-    rewards = {label: build(part, load) for label, (part, _) in node.parts.items()}
+        return transforms()[node.kind](build(node.of, load, device), **node.options)
+    rewards = {label: build(part, load, device) for label, (part, _) in node.parts.items()}
     weights = {label: weight for label, (_, weight) in node.parts.items()}
     if node.rule == "sum":
         return WeightedSum(rewards, weights)
@@ -214,7 +219,9 @@ def build(node: Node, load: Callable[[Named], Reward]) -> Reward:
         raise ValueError(f"got only zero weights for {sorted(weights)}, expected at least one other. Set a weight.")
     if node.rule in RULES:
         return Combined(rewards, weights, node.rule)
-    return SPECIAL[node.rule](rewards, weights, **node.options)
+    target = SPECIAL[node.rule]
+    where = {"device": device} if "device" in inspect.signature(target).parameters else {}
+    return target(rewards, weights, **where, **node.options)
 
 
 def check(node: Node) -> None:

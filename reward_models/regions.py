@@ -13,21 +13,20 @@ come from the detector, and a local reward gives their scores.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .combine import combined_spec
+from .detectors import load_detector
 from .geneval import Box, Detection, Detector
+from .mixture import combined_spec
 from .protocol import Metadata, Reward, RewardResult, RewardSpec, checked_score, to_8bit
-from .schedule import at
+from .schedule import all_at
 
 
 class Subject(NamedTuple):
@@ -116,10 +115,10 @@ class Hierarchy:
     Args:
         rewards: under "global", "subject", "relation"; any of them. The last two see the unit's text as their prompt.
         weights: of the levels, 0: logged only.
-        detector: "shapes", or "module:attribute" of an object with ``classes`` and ``detect`` (``geneval.Detector``);
-            needed by the subject level.
+        detector: a name, see ``detectors.load_detector``, or a ``geneval.Detector``; needed by the subject level.
         absent: the score of a subject that is not found. margin: around a box, share of its longer side.
         size: of the crops in pixels. least: score of a detection that counts.
+        device: where a learned detector computes.
 
     Raises:
         ValueError: no detector for the subject level, weights below 0.
@@ -132,6 +131,7 @@ class Hierarchy:
     margin: float = 0.1
     size: int = 224
     least: float = 0.3
+    device: str | torch.device = "cpu"
     spec: RewardSpec = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,14 +140,14 @@ class Hierarchy:
         if "subject" in self.rewards and self.detector is None:
             raise ValueError(
                 "got a hierarchy with a subject level and no detector, expected one that finds the subjects. Write "
-                "detector: shapes, or detector: module:attribute."
+                "detector: shapes, module:attribute, or a Mask2Former's hub id or folder."
             )
         parts = " + ".join(f"{self.weights[level]:g} {level}:{r.spec.name}" for level, r in self.rewards.items())
         object.__setattr__(self, "spec", combined_spec(f"hierarchy({parts})", self.rewards))
 
     def at(self, update: int | None) -> Hierarchy:
         """See ``schedule.at``."""
-        return replace(self, rewards={name: at(reward, update) for name, reward in self.rewards.items()})
+        return replace(self, rewards=all_at(self.rewards, update))
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
@@ -185,7 +185,7 @@ class Hierarchy:
 
     def _subjects(self, reward: Reward, images: Tensor, metadata: list[Metadata]) -> tuple[Tensor, list[str | None]]:
         """Mean over subjects of the score of their crops, (N,)."""
-        detections = load_detector(cast("str | Detector", self.detector)).detect(images)
+        detections = load_detector(cast("str | Detector", self.detector), self.device).detect(images)
         rows: list[tuple[int, str]] = []
         crops: list[Tensor] = []
         absent = torch.zeros(len(images), dtype=torch.long)
@@ -214,7 +214,7 @@ class Regional:
         rewards: "global" sees the image and its prompt, "local" the crop and the text of each detected subject; both
             are read as scores in [-1, 1] after ``2 (r - low) / (high - low) - 1`` with the ends of their ranges.
         weights: both 1.
-        detector, margin, size, least: as for ``Hierarchy``.
+        detector, margin, size, least, device: as for ``Hierarchy``.
 
     Raises:
         ValueError: rewards without bounds.
@@ -226,6 +226,7 @@ class Regional:
     margin: float = 0.1
     size: int = 224
     least: float = 0.3
+    device: str | torch.device = "cpu"
     spec: RewardSpec = field(init=False)
 
     def __post_init__(self) -> None:
@@ -240,7 +241,7 @@ class Regional:
 
     def at(self, update: int | None) -> Regional:
         """See ``schedule.at``."""
-        return replace(self, rewards={name: at(reward, update) for name, reward in self.rewards.items()})
+        return replace(self, rewards=all_at(self.rewards, update))
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
@@ -248,7 +249,7 @@ class Regional:
         """See ``Reward.score``; ``region_map`` is (N, H, W) in [0, 1], NaN where the value is."""
         whole = checked_score(self.rewards["global"], images, prompts, metadata, groups, all_missing="allow")
         overall = _signed(whole.values, self.rewards["global"].spec)
-        detections = load_detector(self.detector).detect(images)
+        detections = load_detector(self.detector, self.device).detect(images)
         rows: list[tuple[int, str]] = []
         boxes: list[Box] = []
         for i, (wanted, found) in enumerate(zip(map(subjects, metadata), detections, strict=True)):
@@ -279,31 +280,6 @@ def best_boxes(found: Sequence[Detection], subject: Subject, least: float) -> li
     """Boxes of the best ``wanted`` detections of a subject's class with a score of at least ``least``."""
     mine = [d for d in found if d.label == subject.label and d.score >= least]
     return [d.box for d in sorted(mine, key=lambda d: (-d.score, -d.area, d.box[0]))[: subject.wanted]]
-
-
-def load_detector(given: str | Detector) -> Detector:
-    """The detector of a name ("shapes", or "module:attribute": an object, or a class without arguments).
-
-    Raises:
-        ValueError: the name leads nowhere.
-    """
-    return _named_detector(given) if isinstance(given, str) else given
-
-
-@lru_cache(maxsize=4)
-def _named_detector(given: str) -> Detector:
-    if given == "shapes":
-        from .shapes.detector import ShapesDetector
-
-        return ShapesDetector()
-    module, _, attribute = given.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"got detector {given!r}, expected shapes or module:attribute ({error}). Correct the name."
-        ) from error
-    return found() if isinstance(found, type) else found
 
 
 def _mean_of_units(

@@ -22,6 +22,11 @@ def at(reward: Reward, update: int | None) -> Reward:
     return reward if method is None else method(update)
 
 
+def all_at(rewards: Mapping[str, Reward], update: int | None) -> dict[str, Reward]:
+    """Each of several rewards as it stands at an update."""
+    return {name: at(reward, update) for name, reward in rewards.items()}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A number by update: ``values[i]`` from update ``updates[i]`` on.

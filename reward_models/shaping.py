@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .combine import combined_spec, group_index
+from .combine import group_index
+from .mixture import combined_spec
 from .protocol import Metadata, Reward, RewardError, RewardResult, RewardSpec, checked_score
 from .schedule import Schedule, at
 

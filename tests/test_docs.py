@@ -56,7 +56,7 @@ def check_flowrl(words: list[str]) -> None:
         assert name in command.commands, f"there is no flowrl {name}"
         command = command.commands[name]
     given = command.make_context(name, words).params
-    if name in ("train", "validate"):
+    if "config" in given:
         load_config(given["config"], given["overrides"] or [])
 
 

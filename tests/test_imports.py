@@ -63,14 +63,25 @@ def test_no_file_is_long() -> None:
     assert not long
 
 
-def test_importing_flowrl_brings_no_heavy_library() -> None:
-    code = (
-        "import sys, flowrl; flowrl.UserError; from flowrl import cli; "
-        "heavy = ('torch', 'numpy', 'diffusers', 'transformers', 'pydantic', 'benchmarks'); "
-        "print([m for m in heavy if m in sys.modules])"
-    )
+def brought(code: str, *heavy: str) -> list[str]:
+    """Which of these libraries a fresh process has imported after some code."""
+    code += f"; import sys; print(*[name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.split()
+
+
+def test_importing_flowrl_brings_no_heavy_library() -> None:
+    heavy = ("torch", "numpy", "diffusers", "transformers", "pydantic", "reward_models", "benchmarks")
+    assert not brought("import flowrl; flowrl.UserError; from flowrl import cli", *heavy)
+
+
+def test_rewards_bring_their_libraries_when_they_are_loaded() -> None:
+    heavy = ("torchvision", "transformers", "timm", "open_clip", "diffusers", "rapidocr", "onnxruntime")
+    service = ("fastapi", "uvicorn", "httpx", "tenacity")
+    code = (
+        "import reward_models; reward_models.load('shapes'); reward_models.load({'jpeg': 1.0}); reward_models.names()"
+    )
+    assert not brought(code, *heavy, *service)
 
 
 def test_every_public_name_exists() -> None:

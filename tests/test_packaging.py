@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+EXTRAS = ("test", "dev", "tracking", "hub", "quant", "ocr", "clip", "serve", "hpsv2", "notebook", "all")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,9 @@ def test_the_wheel_holds_code_configs_and_models_and_nothing_else(wheel: Path) -
     for package in ("flowrl", "samplers", "reward_models", "benchmarks"):
         assert expected(package, "*.py") | {f"{package}/py.typed"} <= set(names)
     assert expected("configs", "*.yaml", "flowrl/configs") <= set(names)
-    assert expected("flowrl/templates", "*") <= set(names)
+    assert expected("configs/servers", "*.txt", "flowrl/configs/servers") <= set(names)
+    for templates in ("flowrl/templates", "reward_models/judges/templates"):
+        assert expected(templates, "*") and expected(templates, "*") <= set(names)
     if (ROOT / "flowrl" / "models").is_dir():
         assert expected("flowrl/models", "*") <= set(names)
 
@@ -63,7 +66,7 @@ def test_the_wheel_names_its_command_licence_and_extras(wheel: Path) -> None:
     assert "flowrl = flowrl.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
     metadata = archive.read(f"{folder}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Python: >=3.11" in metadata
-    assert all(f"Provides-Extra: {name}" in metadata for name in ("test", "dev", "tracking", "hub", "quant", "hpsv2"))
+    assert all(f"Provides-Extra: {name}" in metadata for name in EXTRAS)
     assert any(name.endswith("LICENSE") for name in archive.namelist())
 
 

@@ -17,23 +17,14 @@ from typing import Any
 import numpy as np
 
 from flowrl.errors import UserError
+from reward_models.detectors import COCO_CLASSES
+from reward_models.geneval import RELATIONS
+from reward_models.geneval_hf import COLOURS
 
 SEED = 43
 DRAWS = 100
 SHA256 = "f23de0226e3f1136e39efa732c76a34ca7703686c30edd999019223c5fe9a98f"
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-CLASSES = tuple(  # of COCO, in the order of the detector
-    """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
-stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
-backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball
-bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
-spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair,
-couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer
-keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
-teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
-)
 
 Record = dict[str, Any]
 Rng = np.random.Generator
@@ -64,12 +55,12 @@ def _one(rng: Rng, options: tuple[str, ...], but_first: bool = False) -> str:
 
 
 def _two_object(rng: Rng) -> Record:
-    a, b = _pick(rng, CLASSES, 2)
+    a, b = _pick(rng, COCO_CLASSES, 2)
     return {"include": [_object(a), _object(b)], "prompt": f"a photo of {article(a)} and {article(b)}"}
 
 
 def _counting(rng: Rng) -> Record:
-    name = _one(rng, CLASSES)
+    name = _one(rng, COCO_CLASSES)
     count = int(rng.integers(2, 4, endpoint=True))
     return {
         "include": [{"class": name, "count": count}],
@@ -79,13 +70,13 @@ def _counting(rng: Rng) -> Record:
 
 
 def _colors(rng: Rng) -> Record:
-    name = _one(rng, CLASSES, but_first=True)
+    name = _one(rng, COCO_CLASSES, but_first=True)
     colour = _one(rng, COLOURS)
     return {"include": [_object(name, color=colour)], "prompt": f"a photo of {article(colour)} {name}"}
 
 
 def _position(rng: Rng) -> Record:
-    a, b = _pick(rng, CLASSES, 2)
+    a, b = _pick(rng, COCO_CLASSES, 2)
     relation = _one(rng, RELATIONS)
     return {
         "include": [_object(b), _object(a, position=[relation, 0])],
@@ -94,7 +85,7 @@ def _position(rng: Rng) -> Record:
 
 
 def _color_attr(rng: Rng) -> Record:
-    a, b = _pick(rng, CLASSES, 2, but_first=True)
+    a, b = _pick(rng, COCO_CLASSES, 2, but_first=True)
     colour_a, colour_b = _pick(rng, COLOURS, 2)
     return {
         "include": [_object(a, color=colour_a), _object(b, color=colour_b)],
@@ -113,7 +104,7 @@ TASKS: dict[str, Callable[[Rng], Record]] = {
 
 def _draw() -> Iterator[Record]:
     rng = np.random.default_rng(SEED)
-    for name in _pick(rng, CLASSES, len(CLASSES)):
+    for name in _pick(rng, COCO_CLASSES, len(COCO_CLASSES)):
         yield {"tag": "single_object", "include": [_object(name)], "prompt": f"a photo of {article(name)}"}
     for tag, draw in TASKS.items():
         seen: list[Record] = []

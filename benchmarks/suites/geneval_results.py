@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flowrl.errors import UserError
 from flowrl.score_table import replace as write
-from reward_models.geneval import Judgement
-from reward_models.geneval_hf import KINDS, GenevalReward, result_of
+from reward_models.geneval import Judgement, result_of
+from reward_models.geneval_hf import KINDS, GenevalReward
 from reward_models.geneval_stored import GenevalStoredReward, read_rows, row_of
 from reward_models.protocol import Metadata, Reward, RewardResult
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from flowrl.config import Config
@@ -68,6 +69,8 @@ def lacking(config: Config) -> Iterator[str]:
     """What the run asks for and this machine does not have."""
     import torch
 
+    from flowrl.adversary import SHAPES
+
     cuda = torch.cuda.is_available()
     if config.policy.device.startswith("cuda") and not cuda:
         yield f"policy.device is {config.policy.device}, but there is no CUDA device here"
@@ -75,6 +78,9 @@ def lacking(config: Config) -> Iterator[str]:
         for name, value in (("quantize", config.policy.quantize), ("attention", config.policy.attention)):
             if value not in (None, "native"):
                 yield f"policy.{name} is {value}, which needs a CUDA device; there is none here"
+    references = None if config.adversary is None else config.adversary.references
+    if references not in (None, SHAPES) and not Path(references).expanduser().exists():
+        yield f"adversary.references is {references}, which is not there"
     for (section, field, *values), package in NEEDED.items():
         got = getattr(getattr(config, section), field)
         if got is not None and (not values or got == values[0]) and importlib.util.find_spec(package) is None:

@@ -97,7 +97,8 @@ def pairs(
 
     Args:
         images: a folder or manifest with at least two images of each prompt, see `flowrl.images.find`.
-        out: the new .jsonl file. rank: a win rate or pairwise judge, or any pointwise reward, which then judges.
+        out: the new .jsonl file. rank: see `reward_models.judges.build.as_judge`, with
+            the options of a single reward as `{NAME: {option: value}}`.
         score: a pointwise reward. order, seed, least: see `reward_models.training.pairs.sift`.
 
     Raises:
@@ -111,7 +112,8 @@ def pairs(
     from flowrl.images import Item, find
     from flowrl.policies.loading import find_device
     from flowrl.rewards import load_reward
-    from reward_models.training.pairs import as_judge, sift
+    from reward_models.judges.build import as_judge
+    from reward_models.training.pairs import sift
 
     target = Path(out)
     if target.exists():
@@ -124,7 +126,7 @@ def pairs(
     where = find_device(device)
     scorer = load_reward(parse_yaml(score, "--score"), where)
     try:
-        judge = as_judge(load_reward(parse_yaml(rank, "--rank"), where))
+        judge = as_judge(parse_yaml(rank, "--rank"), where)
     except ValueError as error:
         raise UserError(str(error)) from error
     if scorer.spec.scope != "point":

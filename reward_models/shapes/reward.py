@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 
-import torch
 from torch import Tensor
 
-from ..geneval import Judgement, Options, check_metadata, judge
+from ..geneval import Judgement, Options, check_metadata, judge, result_of
 from ..protocol import Metadata, RewardResult, RewardSpec
 from . import grammar
 from .detector import PaletteColours, ShapesDetector
@@ -69,15 +67,4 @@ class ShapesReward:
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
     ) -> RewardResult:
         """See ``Reward.score``."""
-        rows: list[tuple[float, float, float]] = []
-        reasons: list[str | None] = []
-        for answer in self.judge(images, prompts, metadata):
-            if isinstance(answer, str):
-                rows.append((math.nan, math.nan, math.nan))
-                reasons.append(answer)
-            else:
-                rows.append((float(answer.correct), float(answer.strict), answer.soft))
-                reasons.append(answer.reason or None)
-        table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 3)
-        parts = dict(zip(KINDS, table.unbind(1), strict=True))
-        return RewardResult(parts[self.kind], parts, reasons)
+        return result_of(self.judge(images, prompts, metadata), tuple(KINDS), self.kind)

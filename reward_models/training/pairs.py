@@ -14,11 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from ..judges.pairwise import Order, PairJudge, ScorerJudge, coin, content_keys, judge_pairs
+from ..judges.pairwise import Order, PairJudge, coin, content_keys, judge_pairs
 from ..protocol import Metadata, Reward, checked_score
 
 
@@ -89,13 +88,3 @@ def sift(
     if not scores[best] - scores[worst] > least:
         return sifted(None, None, "the best winner scores no higher than the worst loser")
     return sifted(best, worst, None)
-
-
-def as_judge(reward: Any) -> PairJudge:
-    """The judge inside a win rate, a pairwise judge itself, or any pointwise scorer as a judge.
-
-    Raises:
-        ValueError: a reward that needs more than one image of a prompt.
-    """
-    inner = getattr(reward, "judge", reward)
-    return inner if isinstance(inner, PairJudge) else ScorerJudge(reward)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from judge_server import serve
+from PIL import Image
 from tiny_pipelines import tiny_flux, tiny_sd3
 
 from flowrl.config import config_folder, load_config, parse_config, parse_yaml, resolved_yaml, shipped_configs
@@ -54,10 +60,38 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"sd3": root / "sd3", "flux": root / "flux"}
 
 
-def shrunk(name: str, models: dict[str, Path], out: Path) -> list[str]:
+SMALL = {"clip-score": "tiny-clip", "dino": "tiny-clip"}  # scorers and backbones that need weights
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What a recipe expects its user to have: the endpoint of a judge, and reference images."""
+    pictures = tmp_path_factory.mktemp("references")
+    for level in (0, 128, 255):
+        Image.new("RGB", (16, 16), (level, 64, 255 - level)).save(pictures / f"{level}.png")
+
+    def brighter(text: str, images: list[np.ndarray], body: dict[str, Any]) -> str:
+        return f"<answer>Image {1 + int(images[1].mean() > images[0].mean())} is better</answer>"
+
+    with serve(brighter, model="UnifiedReward") as judge:
+        yield {"endpoint": judge.url, "references": str(pictures)}
+
+
+def replaced(reward: Any, stand_ins: dict[str, str]) -> Any:
+    """A reward that can be had here, with the same weights and options."""
+    if isinstance(reward, dict):
+        return {SMALL.get(k, k): stand_ins.get(k) or replaced(v, stand_ins) for k, v in reward.items()}
+    return SMALL.get(reward, reward) if isinstance(reward, str) else reward
+
+
+def shrunk(name: str, models: dict[str, Path], stand_ins: dict[str, str], out: Path) -> list[str]:
     """Overrides that keep the recipe's method and plan and replace what needs a large model, a GPU or time."""
     config = load_config(name)
-    side = 64 if "shapes" in str(config.reward) else 16  # the Shapes rules are in pixels of 64x64 images
+    adversary = config.adversary
+    drawn = adversary is not None and adversary.references == "shapes:draw"
+    side = 64 if "shapes" in str(config.reward) or drawn else 16  # the Shapes world has images of 64x64 pixels
+    learning = ["adversary.per_prompt=2"] if adversary else []
+    learning += [f"adversary.references={stand_ins['references']}"] if adversary and not drawn else []
     steps = config.rollout.steps
     leaves = len(make_plan(config, [1 - i / steps for i in range(steps + 1)], 0).leaves)
     if config.rollout.tree is not None and config.rollout.tree.draw is not None:
@@ -83,19 +117,26 @@ def shrunk(name: str, models: dict[str, Path], out: Path) -> list[str]:
         *(f"eval.{setting}" for setting in evaluation),
         "logging.samples_every=0",
         "logging.sample_prompts=1",
+        f"reward={json.dumps(replaced(config.reward, stand_ins))}",
+        f"eval.rewards={json.dumps(replaced(config.eval.rewards, stand_ins))}",
+        *learning,
     ]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_run_two_updates_on_a_random_model(
-    name: str, random_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    random_models: dict[str, Path],
+    stand_ins: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # the report is tested elsewhere; FLUX's 512 text tokens would cost more than all the rest
     monkeypatch.setattr("flowrl.report.write_report", lambda folder: folder / "report.html")
     tokens = 8 if "flux" in name else None
     monkeypatch.setattr("flowrl.trainer.load_policy", partial(load_policy, max_sequence_length=tokens))
     out = tmp_path / "run"
-    config = load_config(name, shrunk(name, random_models, out))
+    config = load_config(name, shrunk(name, random_models, stand_ins, out))
     summary = train(config)
     assert summary["updates"] == 2 and summary["method"] == config.method
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
