@@ -92,7 +92,7 @@ def train_and_say_what_failed(folder: Path, overrides: Sequence[str], where: str
 
 def train_with_signalled_rank(folder: Path, overrides: Sequence[str]) -> None:
     """The last process alone gets SIGTERM, while it scores the second update."""
-    score, calls = trainer._score, []
+    score, calls = trainer.score_update, []
 
     def signalled(*arguments: Any) -> Any:
         calls.append(1)
@@ -100,7 +100,7 @@ def train_with_signalled_rank(folder: Path, overrides: Sequence[str]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return score(*arguments)
 
-    trainer._score = signalled
+    trainer.score_update = signalled
     train(folder, overrides)
 
 

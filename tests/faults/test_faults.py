@@ -160,7 +160,7 @@ def test_a_bad_reward_is_named_and_loses_nothing(tmp_path, whole, monkeypatch, s
 def test_missing_rewards_are_left_out_of_everything(tmp_path, monkeypatch, std, kl_weight):
     """Statistics, loss, KL and denominators of an update with NaN rewards, against formulas over the valid ones."""
     seen: dict[str, Any] = {}
-    rollout, sum_gradients, score = trainer._rollout, World.sum_gradients, trainer._score
+    rollout, sum_gradients, score = trainer._rollout, World.sum_gradients, trainer.score_update
 
     def recorded_rollout(*arguments):
         seen["tree"] = rollout(*arguments)
@@ -180,7 +180,7 @@ def test_missing_rewards_are_left_out_of_everything(tmp_path, monkeypatch, std, 
         seen["gradient"] = torch.cat([p.grad.flatten().double() for p in parameters])
 
     monkeypatch.setattr(trainer, "_rollout", recorded_rollout)
-    monkeypatch.setattr(trainer, "_score", recorded_score)
+    monkeypatch.setattr(trainer, "score_update", recorded_score)
     monkeypatch.setattr(World, "sum_gradients", recorded_sum)
     policy = GaussianPolicy(std=reference.STD)
     with torch.no_grad():

@@ -101,7 +101,7 @@ def test_a_network_whose_bits_depend_on_the_shape_of_its_calls(tmp_path):
 def test_resume_is_exact(tmp_path, monkeypatch):
     options = [*TREE, *GUARD, RECOMPUTE, "rollout.chunk=4", "checkpoint.every=0"]
     whole = run(tmp_path / "whole", *options, "updates=4")
-    score, calls = trainer._score, []
+    score, calls = trainer.score_update, []
 
     def stopping(*arguments):
         calls.append(1)
@@ -111,7 +111,7 @@ def test_resume_is_exact(tmp_path, monkeypatch):
 
     settings = config(tmp_path / "stopped", *options, "updates=4")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_score", stopping)
+        patch.setattr(trainer, "score_update", stopping)
         with pytest.raises(Stopped):
             train(settings, policy=GaussianPolicy())
     train(settings, resume=True, policy=GaussianPolicy())

@@ -156,7 +156,7 @@ MOMENTS = {  # name -> (whose function, its name, before its how-manieth call th
     "rollout": (trainer, "_rollout", 2, 1, signal.SIGTERM),
     "first optimizer step": (trainer, "_inner_update", 5, 1, signal.SIGINT),  # four steps per update
     "second optimizer step": (trainer, "_inner_update", 6, 2, signal.SIGTERM),
-    "scoring": (trainer, "_score", 2, 1, signal.SIGINT),
+    "scoring": (trainer, "score_update", 2, 1, signal.SIGINT),
     "first evaluation": (Run, "_draw", 1, 0, signal.SIGTERM),
     "last evaluation": (Run, "_draw", 2, 3, signal.SIGINT),
 }
@@ -235,7 +235,7 @@ def test_moving_parts_and_memories(tmp_path, monkeypatch, name):
     train(whole, policy=GaussianPolicy())
     for calls, resume in ((4, False), (3, True)):
         with monkeypatch.context() as patch:
-            signal_at_call(patch, trainer, "_score", calls, signal.SIGTERM)
+            signal_at_call(patch, trainer, "score_update", calls, signal.SIGTERM)
             with pytest.raises(Stopped):
                 train(stopped, resume=resume, policy=GaussianPolicy())
     assert load_latest(folders[1] / "run" / "checkpoints").step == 5
