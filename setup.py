@@ -21,7 +21,8 @@ EXTRAS = {
     "notebook": ["ipykernel>=6", "nbclient>=0.8", "nbformat>=5"],
 }
 EXTRAS["test"] = [
-    "pytest>=8", "pytest-xdist>=3.5",
+    "pytest>=8",
+    "pytest-xdist>=3.5",
     "hypothesis>=6.80",
     "setuptools>=77",
     *EXTRAS["notebook"],
