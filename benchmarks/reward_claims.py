@@ -19,7 +19,9 @@ one that also pays for colourful images, better than a KL does.
     adversary       with the discriminator, advantages added
     adv_grpo        the discriminator alone; adv_flip: its sign turned, which must not raise the score
 
-The score is the official decision on held-out prompts. Runs are processes of `flowrl train` in folders under --out;
+The policy is updated with DiffusionNFT as in the quickstart, which moves it furthest in the time. The score is the
+official decision on held-out prompts; in "adv" the judge tiny-clip is what the discriminator starts from, so no
+held-out one. Runs are processes of `flowrl train` in folders under --out;
 finished ones are kept, and the table is of all that are there, so arms may be run by several commands, also at once.
 """
 
@@ -51,9 +53,13 @@ from reward_models.protocol import Metadata, Reward, RewardResult, RewardSpec, c
 
 NOISE = 0.5  # standard deviation; that of shapes-soft in a group of tiny-sd3 is about 0.36
 COLOUR = 10.0  # what full saturation pays; its standard deviation in a group is about 0.02
-KL = (0.01, 0.1)
+KL = (0.1, 1.0)
 HERE = "benchmarks.reward_claims"
-COMMON = ("threads=1", "logging.samples_every=0", "logging.sample_prompts=0", "eval.baseline_guidance=null")
+COMMON = (
+    "threads=1", "logging.samples_every=0", "logging.sample_prompts=0", "eval.baseline_guidance=null",
+    "eval.images_per_prompt=4", "checkpoint.every=0", "updates=30", "rollout={steps: 10, kernel: ode}",
+    "objective={name: nft, nft: {times: 2, advantage_clip: 2.0}}", "optimizer={lr: 1.0e-3, schedule: linear}",
+)  # fmt: skip
 RESULT, TABLE = "results.json", "results.md"
 
 
@@ -156,8 +162,9 @@ def arms(claim: str, kl: Sequence[float] = KL) -> dict[str, tuple[str, list[str]
             "win_rate_pairs": (recipe, [rates(judge)]),
         }
     recipe, hacked = "adv_grpo/tiny_sd3", f"reward={{'{hackable}': 1.0}}"
-    guarded = f"reward={{'{hackable}': 1.0, adversarial: {{weight: 1.0, features: tiny-clip}}}}"
-    turned = "reward={adversarial: {weight: -1.0, features: tiny-clip}}"
+    critic = "features: tiny-clip, critic: preference, layers: 2, lr: 1.0e-4, batch: 32, replay: 0"
+    guarded = f"reward={{'{hackable}': 1.0, adversarial: {{weight: 1.0, {critic}}}}}"
+    turned = f"reward={{adversarial: {{weight: -1.0, {critic}}}}}"
     return {
         "none": (recipe, [hacked, "adversary=null"]),
         **{f"kl_{w:g}": (recipe, [hacked, "adversary=null", f"objective.kl.weight={w}"]) for w in kl},

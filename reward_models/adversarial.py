@@ -80,7 +80,7 @@ class AdversarialReward:
         patches: patches that the head sees; None: all (with compat 64).
         patch_weight: of the patches in the reward; CLS has the rest.
         patch_loss: weight of the patches in the loss.
-        batch: references and generated images of one step, at most; None: all.
+        batch: references and generated images of one step, at most; None: all. "pairwise" with prompts: pairs.
         replay: old generated images that are remembered.
         replay_share: old ones added to the new ones of an update, as a share of these.
         floor: the alarm goes off where the mean accuracy of ten updates is below.
@@ -116,7 +116,7 @@ class AdversarialReward:
         chunk: int = 32,
     ) -> None:
         loss = loss or ("hinge" if critic == "tokens" else "pairwise")
-        _check(critic, loss, compat, patches, batch, replay_share, lr)
+        _check(critic, loss, compat, patches, batch, replay_share, lr, hidden, patch_weight, patch_loss)
         if compat is not None:
             patches, replay = 64 if patches is None else patches, 0
         backbone = load_features(features, device, chunk)
@@ -184,7 +184,8 @@ class AdversarialReward:
     ) -> RewardResult:
         """See ``Reward.score``; metadata is not read. Parts: "cls" and "patches" of a head."""
         if not len(images):
-            return RewardResult(torch.zeros(0))
+            names = ("cls", "patches") if isinstance(self.critic, TokenCritic) else ()
+            return RewardResult(torch.zeros(0), {name: torch.zeros(0) for name in names})
         values, whole, patches = self._scored(images, prompts)
         parts = {} if patches is None else {"cls": whole.cpu(), "patches": patches.cpu()}
         return RewardResult(values.cpu(), parts)
@@ -272,7 +273,7 @@ class AdversarialReward:
 
     def _step(self, real: Inputs, fake: Inputs, pairs: Tensor | None, key: int, step: int) -> float:
         generator = self._generator("step", key, step)
-        i, j = (_minibatch(len(x[0]), self.batch, generator).to(x[0].device) for x in (real, fake))
+        i, j = _minibatch(len(real[0]), len(fake[0]), self.batch, pairs, generator)
         r, r_patches = self.critic.logits(tuple(x[i] for x in real), generator, True)
         f, f_patches = self.critic.logits(tuple(x[j] for x in fake), generator, True)
         chosen = None if pairs is None else pairs[i][:, j]
@@ -329,11 +330,20 @@ class AdversarialReward:
         self._describe()
 
 
-def _minibatch(count: int, size: int | None, generator: torch.Generator) -> Tensor:
-    """Numbers of the images of a step; all of them in order where they fit."""
-    if size is None or size >= count:
-        return torch.arange(count)
-    return torch.randperm(count, generator=generator)[:size]
+def _minibatch(
+    reals: int, fakes: int, size: int | None, pairs: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Numbers of the references and of the generated images of a step; all of them in order where they fit.
+
+    Where only images of one prompt are compared, pairs are drawn: drawn apart, few of the images would find a partner.
+    """
+    if size is None or size >= max(reals, fakes):
+        return torch.arange(reals), torch.arange(fakes)
+    if pairs is None:
+        return torch.randperm(reals, generator=generator)[:size], torch.randperm(fakes, generator=generator)[:size]
+    every = pairs.cpu().nonzero()
+    i, j = every[torch.randperm(len(every), generator=generator)[:size]].T
+    return i.unique(), j.unique()
 
 
 def _pairs(real: list[str] | None, fake: list[str] | None, device: torch.device) -> Tensor | None:
@@ -346,8 +356,9 @@ def _pairs(real: list[str] | None, fake: list[str] | None, device: torch.device)
 
 
 def _check(
-    critic: str, loss: str, compat: str | None, patches: int | None, batch: int | None, share: float, lr: float | None
-) -> None:
+    critic: str, loss: str, compat: str | None, patches: int | None, batch: int | None, share: float,
+    lr: float | None, hidden: int, patch_weight: float, patch_loss: float,
+) -> None:  # fmt: skip
     faults = {
         f"critic {critic!r}": critic in ("tokens", "preference"),
         f"loss {loss!r}": loss in LOSSES,
@@ -356,12 +367,15 @@ def _check(
         f"batch {batch}": batch is None or batch > 0,
         f"replay_share {share}": 0 <= share,
         f"lr {lr}": lr is None or lr > 0,
+        f"hidden {hidden}": hidden > 0,
+        f"patch_weight {patch_weight}": 0 <= patch_weight <= 1,
+        f"patch_loss {patch_loss}": patch_loss >= 0,
     }
     wrong = [fault for fault, fine in faults.items() if not fine]
     if wrong:
         raise ValueError(
             f"got {', '.join(wrong)}, expected critic tokens or preference, loss {', '.join(LOSSES)}, compat None or "
-            "(with tokens) adv_grpo, and positive numbers. Correct the options."
+            "(with tokens) adv_grpo, positive numbers, and a patch_weight in [0, 1]. Correct the options."
         )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.discriminator import auc, correct, learn
+from benchmarks.discriminator import correct, in_order, learn
 from reward_models.features import load_features
 from reward_models.shapes.grammar import prompts
 from reward_models.shapes.render import render, sample_scene
@@ -13,7 +13,8 @@ from reward_models.shapes.render import render, sample_scene
 def test_counts_by_hand():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
     assert correct(real, fake, 0.5).tolist() == [0.5, 0.5]
-    assert auc(real, fake) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert in_order(real, fake).tolist() == [1.0, 0.5]
+    assert float(in_order(real[:, None], fake).mean()) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
 
 
 def test_noisy_pictures_are_told_from_clean_ones():
@@ -21,6 +22,7 @@ def test_noisy_pictures_are_told_from_clean_ones():
     clean = torch.from_numpy(np.stack([render(sample_scene(m, rng)) for m in prompts("train")[:24]]))
     clean = clean.permute(0, 3, 1, 2).float() / 255
     noisy = (clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
-    rows = learn(load_features("tiny-clip"), {"lr": 1e-3}, clean.split(16), noisy.split(16), steps=20, seed=0)
+    texts = [["a shape"] * 16, ["a shape"] * 8]
+    rows = learn(load_features("tiny-clip"), {"lr": 1e-3}, texts, clean.split(16), noisy.split(16), steps=20, seed=0)
     assert [row["steps"] for row in rows] == [0, 20]
-    assert rows[-1]["auc"] > 0.95 and rows[-1]["low"] <= rows[-1]["accuracy"] <= rows[-1]["high"]
+    assert rows[-1]["auc"] > 0.95 and rows[-1]["low"] <= rows[-1]["pairs"] <= rows[-1]["high"]

@@ -13,7 +13,7 @@ from toy_backbone import toy_features
 
 from flowrl.checkpoint import flatten_state, unflatten_state
 from reward_models import RewardError, checked_score
-from reward_models.adversarial import ALARM_WINDOW, AdversarialReward, accuracy, discriminator_loss
+from reward_models.adversarial import ALARM_WINDOW, AdversarialReward, _minibatch, accuracy, discriminator_loss
 from reward_models.critics import unit_rms
 from reward_models.references import seed_of
 from reward_models.replay import Replay
@@ -125,6 +125,11 @@ def test_neither_chunk_nor_order_matters_and_a_second_call_gives_the_same(patche
     chunked = make(features=toy_features(chunk=4), patches=patches)
     assert torch.allclose(scores(chunked, x[order]), values[order], atol=1e-6)
     assert torch.allclose(reward.differentiable(x, ["a"] * 6).detach(), values, atol=1e-6)
+
+
+def test_no_images_have_the_same_parts():
+    none = make().score(images(1)[:0], [], [])
+    assert none.values.shape == (0,) and none.parts.keys() == make().score(images(1), ["a"] * 6, [{}] * 6).parts.keys()
 
 
 def test_gradient_is_that_of_the_score():
@@ -259,11 +264,22 @@ def test_pairwise_compares_images_of_one_prompt():
         reward.update(fakes, reals, 0, prompts=["a"] * 4, real_prompts=["b", "x"])
 
 
+def test_minibatches_of_pairs_hold_images_with_a_partner():
+    pairs = torch.eye(40).bool()
+    i, j = _minibatch(40, 40, 8, pairs, torch.Generator().manual_seed(0))
+    assert i.tolist() == j.tolist() and len(i) == 8
+    pairs = torch.zeros(6, 40).bool()
+    pairs[2, 5] = pairs[2, 7] = pairs[4, 7] = True
+    i, j = _minibatch(6, 40, 8, pairs, torch.Generator().manual_seed(0))
+    assert i.tolist() == [2, 4] and j.tolist() == [5, 7]
+
+
 # ---- what does not fit
 
 
 def test_wrong_options_and_images():
-    for wrong in ({"critic": "x"}, {"loss": "l2"}, {"compat": "x"}, {"patches": 0}, {"lr": -1.0}, {"batch": 0}):
+    for wrong in ({"critic": "x"}, {"loss": "l2"}, {"compat": "x"}, {"patches": 0}, {"lr": -1.0}, {"batch": 0},
+                  {"hidden": 0}, {"patch_weight": 1.5}, {"patch_loss": -0.1}):  # fmt: skip
         with pytest.raises(ValueError, match="Correct the options"):
             make(**wrong)
     reward = make()
