@@ -6,9 +6,10 @@ One picture of each prompt is rendered (reference) and one is drawn (20 ODE step
 for tells them apart no more than chance. A part of the prompts is held out. The discriminator sees the pictures in
 minibatches, and now and then is asked about held-out ones, through the path that a trainer uses for scoring.
 
-Two kinds, both on tiny-clip: a head on its tokens, which does not read the prompt ("tokens"), and its own last layers,
-trained to prefer the reference of a prompt ("preference"). A perfect judge of prompts alone would put the reference
-first wherever the drawn picture is wrong and guess elsewhere: the "ceiling" that is printed. Three seeds each.
+Two kinds: a head on tokens, which does not read the prompt ("tokens"), and the last layers of tiny-clip itself, trained
+to prefer the reference of a prompt ("preference"). A perfect judge of prompts alone would put the reference first
+wherever the drawn picture is wrong and guess elsewhere: the "ceiling" that is printed. Tokens are those of tiny-clip,
+or "residuals", the sizes of the differences between neighbouring pixels. Three seeds each.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, pad
 
 import flowrl
 from flowrl.sampling import SampleSettings, generate
@@ -30,12 +32,14 @@ from flowrl.statistics import mean_ci
 from reward_models import load
 from reward_models.adversarial import AdversarialReward
 from reward_models.features import ImageFeatures, load_features
+from reward_models.preprocess import Preprocessing
 from reward_models.shapes import grammar
 from reward_models.shapes.render import render, sample_scene
 
 TRAIN, HELD_OUT, STEPS, EVERY, BATCH = 512, 256, 200, 20, 32
 PREFERENCE: dict[str, Any] = {"critic": "preference", "layers": 2, "lr": 1e-4}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "residuals, hinge": {"loss": "hinge"},
     "tokens, hinge": {"loss": "hinge"},
     "tokens, bce": {"loss": "bce"},
     "tokens, pairwise": {"loss": "pairwise"},
@@ -54,6 +58,27 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     return parser
+
+
+def residuals(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of 8 x 8 px: the mean over a patch of log(1 + |difference to the next pixel| in 8-bit levels), and a 1.
+
+    Images (N, 3, H, W) -> whole image (N, 7), patches (N, M, 7), and the first again: per colour, across and down.
+    """
+    across, down = images.diff(dim=3).abs(), images.diff(dim=2).abs()
+    sizes = torch.log1p(255 * torch.cat([pad(across, (0, 1, 0, 0)), pad(down, (0, 0, 0, 1))], dim=1))
+    patches = pad(avg_pool2d(sizes, 8).flatten(2).mT, (0, 1), value=1.0)
+    return patches.mean(1), patches, patches.mean(1)
+
+
+def backbone(name: str, options: Mapping[str, Any]) -> str | ImageFeatures:
+    """What a variant looks through. A preference critic loads its own, as its layers are trained."""
+    if options.get("critic") == "preference":
+        return "tiny-clip"
+    if not name.startswith("residuals"):
+        return load_features("tiny-clip", chunk=256)
+    as_is = Preprocessing(64, "squeeze", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return ImageFeatures(residuals, None, None, "residuals", "1", as_is, 7, "-", torch.device("cpu"), 256)
 
 
 def pictures(count: int, seed: int = 0) -> tuple[list[str], Tensor, Tensor]:
@@ -139,12 +164,13 @@ def main() -> None:
     real, fake = rendered.split(parts), drawn.split(parts)
     best = ceiling(fake[1], prompts[1])
     print(f"{given.held_out} held-out prompts; ceiling of pairs for a perfect judge of prompts {best:.3f}")
-    features = load_features("tiny-clip", chunk=256)
     found: dict[str, Any] = {"train": given.train, "held_out": given.held_out, "ceiling": best, "variants": {}}
     for name in given.variants:
         options = VARIANTS[name]
-        backbone = "tiny-clip" if options.get("critic") == "preference" else features  # its layers are trained
-        runs = [learn(backbone, options, prompts, real, fake, given.steps, seed) for seed in range(given.seeds)]
+        runs = [
+            learn(backbone(name, options), options, prompts, real, fake, given.steps, seed)
+            for seed in range(given.seeds)
+        ]
         found["variants"][name] = runs
         for seed, rows in enumerate(runs):
             first, last = rows[0], rows[-1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.discriminator import correct, in_order, learn
+from benchmarks.discriminator import correct, in_order, learn, residuals
 from reward_models.features import load_features
 from reward_models.shapes.grammar import prompts
 from reward_models.shapes.render import render, sample_scene
@@ -15,6 +15,16 @@ def test_counts_by_hand():
     assert correct(real, fake, 0.5).tolist() == [0.5, 0.5]
     assert in_order(real, fake).tolist() == [1.0, 0.5]
     assert float(in_order(real[:, None], fake).mean()) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+
+
+def test_residuals_by_hand():
+    image = torch.zeros(1, 3, 16, 8)
+    image[0, 1, :8, 3] = 3 / 255  # a green line in the upper patch: two steps across, one down at its lower end
+    whole, patches, _ = residuals(image)
+    want = torch.zeros(2, 7)
+    want[0, 1], want[0, 4], want[:, 6] = 8 * 2 * np.log(4) / 64, np.log(4) / 64, 1
+    torch.testing.assert_close(patches[0], want)
+    torch.testing.assert_close(whole[0], want.mean(0))
 
 
 def test_noisy_pictures_are_told_from_clean_ones():
