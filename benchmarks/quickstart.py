@@ -80,6 +80,8 @@ class ShuffledReward:
 def flipped(reward: Any) -> dict[str, Any]:
     """The reward of a config with every weight negated."""
     spec = {reward: 1.0} if isinstance(reward, str) else reward
+    if "combine" in spec or "transform" in spec:
+        return {"flipped": {"weight": -1.0, "reward": spec}}
     return {
         name: {**entry, "weight": -entry["weight"]} if isinstance(entry, Mapping) else -entry
         for name, entry in spec.items()
@@ -226,7 +228,7 @@ def measure(
             "eval": {"prompts": e.prompts, "tasks": e.tasks, "steps": e.steps, "guidance": e.guidance},
             "threads": torch.get_num_threads() if config.threads is None else config.threads,
             "runs": rows,
-            "met": all(met is not False for r in rows for name, met in r["targets"].items() if name != "aim"),
+            "met": all(met is not False for r in rows for met in r["targets"].values()),
         }
         (out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         (out / TABLE).write_text(markdown(rows), encoding="utf-8")

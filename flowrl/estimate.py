@@ -37,7 +37,7 @@ from flowrl.errors import UserError
 from flowrl.leaves import leaf_times
 from flowrl.objectives import NFT
 from flowrl.parts import keeps_sampling_weights, make_objective
-from flowrl.planning import make_plan
+from flowrl.planning import first_plan
 from flowrl.policies import LoraSettings, load_policy
 from flowrl.policies.loading import DTYPES, find_device, model_index, resolve
 from flowrl.policies.pipeline import BACKBONES, ROWS
@@ -120,14 +120,9 @@ def _processes(processes: int) -> str:
     return "one process" if processes == 1 else f"one of {processes} processes"
 
 
-def _first_plan(config: Config) -> samplers.Plan:
-    """The plan of the first update, on a stand-in for the model's own times."""
-    return make_plan(config, torch.linspace(1, 0, config.rollout.steps + 1, dtype=torch.float64), 0)
-
-
 def _kept_latents(config: Config, groups: int) -> int:
     """Latents that a rollout of so many groups keeps: both ends of trained edges, once each, and the images."""
-    plan = _first_plan(config)
+    plan = first_plan(config)
     ends = {node for i in range(len(plan)) if plan.trained[i] for node in (i, plan.parent[i])}
     roots = groups * plan.roots(config.group_size)
     kept = min(roots, block_roots(plan, config.rollout.chunk)) if config.rollout.recompute else roots
@@ -138,7 +133,7 @@ def _regrown_calls(config: Config, groups: int) -> int:
     """Sampling calls of an update of so many groups that grow its latents again, without guidance."""
     if not config.rollout.recompute:
         return 0
-    plan, o = _first_plan(config), config.optimizer
+    plan, o = first_plan(config), config.optimizer
     roots = groups * plan.roots(config.group_size)
     blocks = -(-roots // (o.inner_updates * block_roots(plan, config.rollout.chunk)))  # of one optimizer step
     if blocks * o.inner_updates == 1:
@@ -149,7 +144,7 @@ def _regrown_calls(config: Config, groups: int) -> int:
 
 def planned_cost(config: Config) -> samplers.Cost:
     """Model calls of one group in the first update, without guidance; objectives on leaves train on noised images."""
-    plan = _first_plan(config)
+    plan = first_plan(config)
     objective = make_objective(config)
     cost = plan.cost() * plan.roots(config.group_size)
     if isinstance(objective, NFT):

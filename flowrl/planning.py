@@ -12,6 +12,7 @@ from torch import Tensor
 
 import samplers
 from flowrl.config import Config
+from flowrl.errors import UserError
 from flowrl.schema import ForkConfig, RolloutConfig, TreeConfig, TrunkConfig
 from samplers import curricula, levels, plans, pruning, recipes
 from samplers.levels import Level
@@ -24,13 +25,15 @@ def make_plan(config: Config, sigmas: Sigmas, update: int, success: float = 0.5)
 
     sigmas: the policy's own steps + 1 times from noise to data; those of `rollout.shift` take their place.
     success: in [0, 1], for levels and splits that follow the reward.
-    Raises ValueError with the numbers where the settings do not make a plan.
+    Raises ValueError with the numbers where the settings do not make a plan, UserError where the model's times do not.
     """
     r = config.rollout
     if r.shift is not None:
         if float(sigmas[0]) != 1:
-            got = f"rollout.shift {r.shift:g} for a model whose times begin at {float(sigmas[0]):.4f}"
-            raise plans.bad_plan(got, "a flow, which begins at 1", "Set rollout.shift=null.")
+            raise UserError(
+                f"got rollout.shift {r.shift:g} for a model whose times begin at {float(sigmas[0]):.4f}; expected a "
+                "flow, which begins at 1; set rollout.shift=null"
+            )
         sigmas = samplers.linear_shift_sigmas(r.steps, r.shift)
     if r.kernel == "ode":  # for objectives on leaves: nothing is drawn, nothing trained on the way
         plan = plans.straight(sigmas, r.solver, 0.0, trained=())
@@ -44,6 +47,11 @@ def make_plan(config: Config, sigmas: Sigmas, update: int, success: float = 0.5)
         inside = _inside(config, update)
         plan = _grow(r, sigmas, {}, inside, inside if r.window else None, success)
     return plan if r.tail is None else recipes.coarse_tail(plan, r.tail.fraction, r.tail.solver)
+
+
+def first_plan(config: Config) -> samplers.Plan:
+    """The plan of the first update before a model is loaded: on even times, which stand in for the model's own."""
+    return make_plan(config, [1 - i / config.rollout.steps for i in range(config.rollout.steps + 1)], 0)
 
 
 def window_steps(config: Config, update: int) -> range | None:
@@ -113,7 +121,7 @@ def _grow(
 
 def _trunk(r: RolloutConfig, t: TrunkConfig, sigmas: Sigmas, success: float) -> samplers.Plan:
     level = _level(r, dict.fromkeys(t.at, t.branches), t.at, success)
-    return recipes.trunk(sigmas, t.at, t.branches, r.kernel, level, t.strides, t.finish, r.max_leaves)
+    return recipes.trunk(sigmas, t.at, t.branches, r.kernel, level, t.strides, t.finish, r.max_leaves, r.solver)
 
 
 def _fork(r: RolloutConfig, f: ForkConfig, sigmas: Sigmas, update: int, updates: int) -> samplers.Plan:
@@ -150,7 +158,8 @@ def _level(r: RolloutConfig, splits: Mapping[int, int], noisy: Sequence[int], su
 def moving_parts(config: Config, update: int) -> tuple[object, ...]:
     """What of the plan changes from update to update: updates with equal parts have equal plans, success aside.
 
-    And aside from what is drawn of steps and splits: `config_checks` sees to it that any draw makes a plan."""
+    And aside from what is drawn of steps and splits, as `plan_checks` sees to it that any draw makes a plan; but not
+    where levels of one budget are higher the fewer steps have them."""
     r = config.rollout
     parts: list[object] = [window_steps(config, update)]
     if r.fork is not None:
@@ -158,6 +167,8 @@ def moving_parts(config: Config, update: int) -> tuple[object, ...]:
     if r.tree is not None and r.tree.at is not None and r.tree.moves_to is not None:
         over = r.tree.moves_over or config.updates
         parts.append(curricula.moving_steps(update, over, r.tree.at, r.tree.moves_to))
+    if r.tree is not None and r.tree.at is not None and r.tree.draw is not None and r.levels.equal_budget:
+        parts.append(tuple(_split_steps(config, r.tree, r.tree.at, update, success=0.5)))
     if r.tree is not None and r.tree.untrained_depths is not None and r.tree.depths_stop is not None:
         t, depths = r.tree, r.tree.untrained_depths
         parts.append(curricula.shallower(update, depths, t.depths_every, r.tree.depths_stop))

@@ -33,7 +33,7 @@ from flowrl.summary import ROW_FILES, EvalRow, build_summary, headline, names, p
 from reward_models.protocol import RewardSpec
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
-# What may differ when a run is resumed: nothing that a number of its metrics depends on.
+# What may differ when a run is resumed: nothing that a number of its metrics depends on, but for `spanning` settings.
 FREE_ON_RESUME = ("output_dir", "updates", "checkpoint", "logging", "threads")
 # Nor these, beyond rounding: they bound the memory.
 MEMORY = (("rollout", "chunk"), ("optimizer", "micro_batch"))
@@ -62,6 +62,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     committed: bool = False  # the weights have left the last boundary that can be saved
     snapshot: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    notes: list[str] = field(default_factory=list)  # for the log, once it is open
 
     # ---- opening
 
@@ -73,13 +74,15 @@ class Run:
         Raises UserError when it holds another run, holds this one and `resume` is not set, or has nothing to resume.
         """
         folder = Path(config.output_dir)
+        notes: list[str] = []
         with ExitStack() as stack:
             with world.together():
                 if world.main:
-                    _claim(config, folder, resume, stack)
+                    notes += _claim(config, folder, resume, stack)
                     write_environment(folder, str(world.device), world.size, rewards)
             stop = stack.enter_context(StopSignals())
             run = Run(config, folder, world, resume, config.rollout.chunk, config.optimizer.micro_batch, stop)
+            run.notes = notes
             try:
                 yield run
             finally:
@@ -103,8 +106,8 @@ class Run:
             config=self.config.model_dump(mode="json", by_alias=True),
             active=self.world.main,
         )
-        for warning in told:
-            self.note(f"WARNING: {warning.message}")
+        for text in [*self.notes, *(str(warning.message) for warning in told)]:
+            self.note(f"WARNING: {text}")
         if self.resumed:
             self.note(f"resumed after update {found.step}" if found else "nothing was saved yet, this is the start")
 
@@ -296,11 +299,11 @@ class Run:
         return summary
 
 
-def _claim(config: Config, folder: Path, resume: bool, stack: ExitStack) -> None:
-    """Check the folder, lock it for this process until the stack ends, and write the config."""
+def _claim(config: Config, folder: Path, resume: bool, stack: ExitStack) -> list[str]:
+    """Check the folder, lock it for this process until the stack ends, and write the config; returns what to note."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_folder(config, folder, resume)
+        notes = _check_folder(config, folder, resume)
         stack.enter_context(writer_lock(folder / CHECKPOINTS))
         part = folder / f"{CONFIG}.part"  # renamed, so that a kill leaves the old file or the new one
         part.write_text(resolved_yaml(config), encoding="utf-8")
@@ -309,9 +312,22 @@ def _claim(config: Config, folder: Path, resume: bool, stack: ExitStack) -> None
         raise UserError(
             f"cannot use output_dir {folder}: {error.strerror}; expected a folder that can be written; name another"
         ) from error
+    return notes
 
 
-def _check_folder(config: Config, folder: Path, resume: bool) -> None:
+def spanning(config: Config) -> list[str]:
+    """Names of the settings by which something goes from the first update to the last, whatever their number."""
+    r, o = config.rollout, config.objective
+    spans = {
+        "optimizer.schedule": config.optimizer.schedule != "constant",
+        "objective.tmpo.beta_from": o.tmpo is not None and o.tmpo.beta_from is not None and o.tmpo.beta_over is None,
+        "rollout.tree.moves_to": r.tree is not None and r.tree.moves_to is not None and r.tree.moves_over is None,
+        "rollout.fork": r.fork is not None and r.fork.over is None,
+    }
+    return [name for name, applies in spans.items() if applies]
+
+
+def _check_folder(config: Config, folder: Path, resume: bool) -> list[str]:
     path = folder / CONFIG
     traces = (METRICS, *ROW_FILES.values(), f"{CHECKPOINTS}/step_*")
     begun = any(any(folder.glob(trace)) for trace in traces)
@@ -321,7 +337,7 @@ def _check_folder(config: Config, folder: Path, resume: bool) -> None:
                 f"got --resume, but {folder} holds no run; expected one with {CONFIG}; check output_dir, or leave out "
                 "--resume"
             )
-        return
+        return []
     old = read_yaml(path)
     new = parse_yaml(resolved_yaml(config), CONFIG)
     for section, name in MEMORY:
@@ -331,6 +347,13 @@ def _check_folder(config: Config, folder: Path, resume: bool) -> None:
         what = f"a different run (its {', '.join(different)} differ)" if different else "this run already"
         how = "choose another output_dir" if different else "continue it with --resume, or choose another output_dir"
         raise UserError(f"{folder} holds {what}; expected a new or empty folder; {how}")
+    names = spanning(config)
+    if old["updates"] == new["updates"] or not names:
+        return []
+    return [
+        f"updates was {old['updates']} and is {new['updates']}: {', '.join(names)} jumps to its value of a run of that "
+        "length"
+    ]
 
 
 def _changes(before: list[EvalRow], after: list[EvalRow]) -> dict[str, Change]:

@@ -33,7 +33,7 @@ from flowrl.parts import keeps_sampling_weights, make_layer_tuning, make_objecti
 from flowrl.planning import make_plan
 from flowrl.policies import LoraSettings, Policy, load_policy
 from flowrl.prompts import Prompt, Slot, load_prompts, prompt_batch, split
-from flowrl.rewards import load_reward
+from flowrl.rewards import ask_elsewhere, load_reward, named_in
 from flowrl.run import Run, Stopped
 from flowrl.schema import EvalConfig, NftOptions
 from flowrl.scores import score_update
@@ -76,8 +76,9 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
     with ExitStack() as stack:
         stack.callback(world.leave)
         prompts = load_prompts(**config.prompts.model_dump())
+        ask_elsewhere(*named_in(config))
         reward = load_reward(config.reward, device=world.device)
-        adversary = Adversary.make(config.adversary, reward, config.seed)
+        adversary = Adversary.make(config.adversary, reward, config.seed, prompts)
         scorers = _scorers(config, world)
         objective, layer_tuning = make_objective(config), make_layer_tuning(config)
         on_leaves = "leaves" in objective.needs
@@ -85,7 +86,7 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
         specs = [scorer.spec for scorer in (reward, judge) if scorer is not None]
         run = stack.enter_context(Run.open(config, world, resume=resume, rewards=specs))
         policy = policy or _load_policy(config, objective, world, run)
-        _check_sizes(config, policy)
+        _check_fit(config, policy)
         state = State.create(config, policy, adversary)
         run.load(state, policy)
         run.encode_once(policy, prompts)
@@ -200,11 +201,13 @@ def train(config: Config, resume: bool = False, policy: Policy | None = None) ->
 
 
 # ------------------------------------------------------------------------------------------------ parts of an update
-def _check_sizes(config: Config, policy: Policy) -> None:
-    """UserError for image sizes that the policy cannot make: now, not after the first evaluation."""
+def _check_fit(config: Config, policy: Policy) -> None:
+    """UserError for image sizes and times that the policy does not have: now, not after the first evaluation."""
     for section in (config.rollout, config.eval):
         if section is not None:
             policy.latent_shape(section.height, section.width)
+    r = config.rollout
+    make_plan(config, policy.sigmas(r.steps, r.height, r.width), 0)
 
 
 def _load_policy(config: Config, objective: Objective, world: World, run: Run) -> Policy:
@@ -252,7 +255,7 @@ def _rollout(
     def sample(chunk: int) -> samplers.Tree:
         settings: dict[str, Any] = {
             "latent_shape": policy.latent_shape(r.height, r.width), "chunk": chunk, "device": policy.device,
-            "density": density, "init_keys": _init_keys(config, keys), "prior_std": policy.prior_std,
+            "density": density, "init_keys": _init_keys(config, keys), "prior_std": policy.prior_std(plan.s[0]),
             "on_chunk": lambda *_: run.check(),
         }  # fmt: skip
         if not r.recompute:

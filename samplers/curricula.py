@@ -141,6 +141,8 @@ def scattered_steps(
     0.001: the mean is the place, and the larger the concentration kappa the nearer they are. TMPO on FLUX: 6.
     """
     _check_draw(len(places), concentration, low, high, gap)
+    if not all(low <= place <= high for place in places):
+        raise _bad(f"splits around {list(places)}", f"places in [{low}, {high}]", "Widen the range or move them.")
     means = [min(max((place - low) / max(high - low, 1), 1e-3), 1 - 1e-3) for place in places]
     fractions = [_beta(m * concentration, (1 - m) * concentration, key, i) for i, m in enumerate(means)]
     return _apart([math.floor(low + f * (high - low) + 0.5) for f in fractions], low, high, gap)

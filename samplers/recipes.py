@@ -134,13 +134,15 @@ def trunk(
     strides: Sequence[int] = (1,),
     finish_trunk: bool = False,
     max_leaves: int = MAX_LEAVES,
+    solver: str = "ode",
 ) -> Plan:
     """An ODE trunk that hangs `branches` one-step SDE branches at each of `steps`; branches end by ODE (TempFlow).
 
     strides: each branch is finished once per stride, on every stride-th remaining time (Granular-GRPO: 1 and 2); grids
     that coincide count once. finish_trunk: lead the trunk itself to the data, one image more without training. level:
-    a number or a function (step, depth) with depth the number of listed steps before this one. The branches are
-    trained: one forward per listed step serves all that leave it. `leaf_groups` tells which images to compare.
+    a number or a function (step, depth) with depth the number of listed steps before this one. solver: of the steps
+    without noise, "ode" or "ode2" (see `kernels`). The branches are trained: one forward per listed step serves all
+    that leave it. `leaf_groups` tells which images to compare.
     """
     times, chosen = [float(s) for s in sigmas], sorted(set(steps))
     total = len(times) - 1
@@ -152,6 +154,7 @@ def trunk(
     grids = {step: _grids(times[step + 1 :], strides) for step in chosen}
     leaves = branches * sum(len(grid) for grid in grids.values()) + finish_trunk
     check_leaves(leaves, max_leaves, f"{branches} branches at {len(chosen)} steps, strides {list(strides)}")
+    check_solver(solver)
     # the levels are those of the straight plan with noise at these steps, which also checks them
     levels = tree(times, dict.fromkeys(chosen, 1), kernel, level, noisy=chosen, trained=chosen).level
     builder, node = PlanBuilder(times[0]), 0
@@ -161,9 +164,9 @@ def trunk(
             for grid in grids[step]:
                 end = branch
                 for s in grid:
-                    end = builder.add(end, s)
+                    end = builder.add(end, s, solver)
         if finish_trunk or step < chosen[-1]:
-            node = builder.add(node, times[step + 1])
+            node = builder.add(node, times[step + 1], solver)
     return builder.build()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from samplers.keys import Key
 from samplers.log_prob import Density
 from samplers.plans import Plan
-from samplers.rollout import Predict, regrow, regrown_steps, rollout
+from samplers.rollout import Predict, check_density, check_keys, regrow, regrown_steps, rollout
 from samplers.trees import Edges, Latents, States, Tree
 
 
@@ -113,7 +113,7 @@ def rollout_in_blocks(
     blocks: rows of `keys`, every one in exactly one block (`root_blocks`). sampling: makes the context in which a
     block is grown again; there `predict` must have the weights of the rollout. Others as in `rollout`.
 
-    Raises ValueError where blocks are not a partition of the keys.
+    Raises ValueError where blocks are not a partition of the keys, and as `rollout` does.
     """
     order = torch.cat(list(blocks)) if blocks else torch.zeros(0, dtype=torch.long)
     if not len(keys) or not torch.equal(order.sort().values, torch.arange(len(keys))):
@@ -121,6 +121,8 @@ def rollout_in_blocks(
             f"got {len(keys)} keys in blocks {[block.tolist() for block in blocks]}; expected every key in exactly one "
             "block. Make them with root_blocks."
         )
+    check_keys(keys)
+    density = check_density(plan, density)
     initial = keys if init_keys is None else init_keys
     leaves = torch.empty(len(keys), len(plan.leaves), *latent_shape, device=device)
     pool, joined = Regrown(latent_shape), _Joined()
@@ -137,8 +139,9 @@ def rollout_in_blocks(
         latents = tree.states.x.pool
         assert isinstance(latents, Tensor)
         pool.add(partial(_grow_again, sampling, arguments), latents)
+        del tree, latents  # the pool has them, until the next block
     states, edges = joined.tables(pool)
-    return Tree(plan, tuple(keys), tree.density, leaves, tree.leaf_nodes, states, edges, tuple(joined.calls))
+    return Tree(plan, tuple(keys), density, leaves, torch.tensor(plan.leaves), states, edges, tuple(joined.calls))
 
 
 def _of_block(predict: Predict, block: Tensor, x: Tensor, s: Tensor, index: Tensor) -> Tensor:

@@ -57,9 +57,8 @@ def rollout(
     roots, shape = len(keys), tuple(latent_shape)
     if roots == 0 or chunk < 1:
         raise ValueError(f"rollout got {roots} keys and chunk {chunk}; expected at least 1. Check the batch sizes.")
-    if len({key[:6] for key in keys}) < roots:
-        raise ValueError("rollout got equal keys; expected distinct ones (equal keys, equal images). Number the roots.")
-    density = _density(plan, density)
+    check_keys(keys)
+    density = check_density(plan, density)
     device = torch.device(device)
     store = _Store(plan, plan.trained if keep else (False,) * len(plan), roots, shape, device)
     calls = _grow(
@@ -212,7 +211,14 @@ def _initial(
     return x_init.to(torch.float32)
 
 
-def _density(plan: Plan, density: Density | None) -> Density:
+def check_keys(keys: Sequence[Key]) -> None:
+    """ValueError where two roots would be one image."""
+    if len({key[:6] for key in keys}) < len(keys):
+        raise ValueError("rollout got equal keys; expected distinct ones (equal keys, equal images). Number the roots.")
+
+
+def check_density(plan: Plan, density: Density | None) -> Density:
+    """The density of the trained steps' log-probs, by default mean and Gaussian; ValueError if of another kernel."""
     kernel = plan.trained_kernel
     if density is None:
         return Density(kernel or "flow")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from flowrl.config import Config
 from flowrl.errors import UserError
+from flowrl.planning import first_plan
 from flowrl.prompts import load_prompts
+from flowrl.rewards import ask_elsewhere, named_in
 from flowrl.schema import EvalConfig, PromptConfig
 
 NEEDED = {  # setting -> package
@@ -45,24 +46,27 @@ def check(config: Config) -> Iterator[str]:
     yield from served(config)
     images = config.prompts_per_update * config.group_size
     yield f"one update: {config.prompts_per_update} groups of {config.group_size}, {images} images"
+    yield from _planned(config)
     if "prompts" in counts:
         yield f"the run: {config.updates * config.prompts_per_update / counts['prompts']:.1f} passes over the prompts"
     yield from (f"note: {line}" for line in lacking(config))
 
 
-def served(config: Config) -> Iterator[str]:
-    """Asks the reward servers that the config names what they serve. Raises UserError where one does not answer."""
-    from reward_models import RewardError, load, recipe
+def _planned(config: Config) -> Iterator[str]:
+    """The plan of a group in the first update, with its cost."""
+    plan = first_plan(config)
+    times = "" if config.rollout.shift is not None else ", drawn on even times instead of the model's own"
+    yield f"a group of the first update{times}:"
+    yield from (f"  {line}" for line in plan.describe(plan.roots(config.group_size)).splitlines())
 
-    specs: list[Any] = [config.reward]
-    specs += [config.eval.rewards, config.eval.judge] if config.eval is not None else []
-    named = [each for spec in specs if spec for each in recipe.named(recipe.parse(spec))]
-    for each in {each.name: each for each in named if each.name.startswith(("http://", "https://"))}.values():
-        try:
-            spec = load(each.name, **each.options).spec
-        except (RewardError, ValueError) as error:
-            raise UserError(str(error)) from error
-        yield f"reward server: {each.name} serves {spec.name}, version {spec.version}"
+
+def served(config: Config) -> Iterator[str]:
+    """Asks the reward servers and the judges' endpoints that the config names. UserError where one does not answer."""
+    for name, spec in ask_elsewhere(*named_in(config)).items():
+        if name.startswith(("http://", "https://")):
+            yield f"reward server: {name} serves {spec.name}, version {spec.version}"
+        else:
+            yield f"judge: {name} is there, version {spec.version}"
 
 
 def lacking(config: Config) -> Iterator[str]:

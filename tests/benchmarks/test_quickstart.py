@@ -18,6 +18,7 @@ from flowrl import train
 from flowrl.config import load_config
 from flowrl.errors import UserError
 from flowrl.policies.gaussian import GaussianPolicy
+from reward_models import recipe
 from reward_models.protocol import RewardResult, RewardSpec
 
 
@@ -92,6 +93,9 @@ def test_control_rewards_are_loaded_like_any_other() -> None:
 def test_flipping_negates_every_weight() -> None:
     assert quickstart.flipped("shapes") == {"shapes": -1.0}
     assert quickstart.flipped({"a": 2.0, "b": {"weight": -0.5, "x": 1}}) == {"a": -2.0, "b": {"weight": 0.5, "x": 1}}
+    product = {"combine": "product", "of": ["shapes", "jpeg"]}
+    node = recipe.parse(quickstart.flipped(product))
+    assert node == recipe.Combination("sum", {"flipped": (recipe.parse(product), -1.0)}, {})
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from gaussian_runs import config
+import torch
+from gaussian_runs import config, evaluated
 
 import samplers
 from flowrl.errors import UserError
@@ -48,8 +49,15 @@ def test_the_shift_replaces_the_times_of_the_model(tmp_path):
     plan = make_plan(settings, evenly(6), 0)
     assert plan.s_next == tuple(samplers.linear_shift_sigmas(6, 3.0).tolist())
     assert plan.s_next[3] == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
-    with pytest.raises(ValueError, match=r"shift 3 for a model whose times begin at 0\.9000.*shift=null"):
+    with pytest.raises(UserError, match=r"shift 3 for a model whose times begin at 0\.9000.*shift=null"):
         make_plan(settings, [0.9 * s for s in evenly(6)], 0)
+
+
+def test_a_shift_that_the_model_does_not_take_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(GaussianPolicy, "sigmas", lambda self, steps, *size: 0.9 * torch.linspace(1, 0, steps + 1))
+    with pytest.raises(UserError, match=r"shift 3 .*shift=null"):
+        train(config(tmp_path, "rollout={steps: 6, shift: 3.0}", evaluated(tmp_path)), policy=GaussianPolicy())
+    assert not list((tmp_path / "run").glob("*.jsonl*"))
 
 
 def test_splits_drawn_around_moving_places(tmp_path):
@@ -133,6 +141,18 @@ def test_a_run_with_drawn_steps_and_a_rising_beta(tmp_path, monkeypatch):
         (["objective.name=tmpo", "objective.tmpo.beta_over=5"], ("without beta_from",)),
         (["rollout.kernel=ode", "objective={name: nft, nft: {decay_start: 5, decay_rate: 0.0}}"], ("nothing ever",)),
         (["rollout.shift=0.0"], ("rollout.shift",)),
+        ([*CPS, "updates=300", "rollout.level=0.65", "rollout.levels={shape: cosine, equal_budget: true}",
+          "rollout.tree={at: [2, 5, 8], noise: splits, draw: {}}"], ("'cps' got noise level 1.",)),
+        (["rollout={steps: 8, tree: {at: [0, 3, 5], draw: {}}}"], ("splits around [0, 3, 5]", "[1, 6]")),
+        (["rollout={steps: 8, tree: {at: [1, 3], draw: {}, noise: splits, untrained_depths: [2]}}"],
+         ("hold all drawn splits",)),
+        (["rollout.window={size: 2, high: 4, decay: 0.1}"], ("decay is 0.1", "expected move progressive")),
+        (["rollout.levels.growth=1.0"], ("rollout.levels.growth is 1.0", "expected shape growth")),
+        (["rollout.tree={at: [0, 1], moves_over: 3}"], ("rollout.tree.moves_over is 3", "expected moves_to a value")),
+        (["group_size=4", "rollout={steps: 8, train_fraction: 0.5, fork: {branches: 2, first: 3, last: 5}}"],
+         ("train_fraction is 0.5 beside rollout.fork",)),
+        (["credit.fraction=0.1"], ("credit.fraction is 0.1", "extremes or top_bottom")),
+        (["group_size=4", "rollout={steps: 8, train_fraction: 0.5, tree: {at: [5, 6]}}"], ("in common", "4 images")),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_refused(tmp_path, overrides, words):

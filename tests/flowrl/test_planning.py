@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from gaussian_runs import config
 
+from flowrl.commands.check import check
 from flowrl.errors import UserError
 from flowrl.planning import make_plan
 
@@ -76,6 +77,28 @@ def test_finished_images_may_come_from_either_solver(tmp_path):
         settings = config(tmp_path, f"rollout={{steps: 5, kernel: ode, solver: {solver}}}", "objective.name=nft")
         plan = make_plan(settings, evenly(5), 0)
         assert set(plan.kernel[1:]) == {solver} and not plan.trained_edges and not noisy(plan)
+
+
+def test_the_solver_of_a_trunk_and_its_branches(tmp_path):
+    found = {}
+    for solver in ("ode", "ode2"):
+        trunk = f"rollout={{steps: 6, solver: {solver}, trunk: {{at: [1, 3], branches: 4}}}}"
+        plan = make_plan(config(tmp_path, trunk), evenly(6), 0)
+        assert {k for k, c in zip(plan.kernel, plan.coefficients.c.tolist(), strict=True) if c == 0} <= {"ode", solver}
+        found[solver] = sum(k != 0 for k in plan.memory)
+    # of second order: the trunk's third step, which does not follow one from s = 1, and of four branches the second and
+    # third of the four steps after the noise; the last one, to s = 0, has no memory
+    assert found == {"ode": 0, "ode2": 1 + 4 * 2}
+
+
+def test_validate_draws_the_plan(tmp_path):
+    tree = "rollout={steps: 8, window: {size: 2, low: 2, high: 4}, tree: {branch: 2}}"
+    said = list(check(config(tmp_path, tree)))
+    at = said.index("a group of the first update, drawn on even times instead of the model's own:")
+    drawing = make_plan(config(tmp_path, tree), evenly(8), 0).describe(2).splitlines()
+    assert said[at + 1 : at + 1 + len(drawing)] == [f"  {line}" for line in drawing]
+    assert any("2 roots, 8 images" in line for line in drawing)
+    assert "a group of the first update:" in list(check(config(tmp_path, "rollout.shift=3.0")))
 
 
 def test_moving_structures_move(tmp_path):

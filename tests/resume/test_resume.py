@@ -144,6 +144,16 @@ def test_more_updates_than_first_asked_for(tmp_path, whole):
     assert result(tmp_path / "run") == expected
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_what_spans_the_run_jumps_with_more_updates_and_says_so(tmp_path, capsys, schedule):
+    settings = ["updates=2", f"optimizer.schedule={schedule}"]
+    train(config(tmp_path, *settings), policy=GaussianPolicy())
+    train(config(tmp_path, *settings, "updates=4"), resume=True, policy=GaussianPolicy())
+    said = capsys.readouterr()
+    warned = "updates was 2 and is 4: optimizer.schedule jumps" in said.out + said.err
+    assert warned == (schedule == "linear")
+
+
 def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
     settings = config(tmp_path, "updates=2", evaluated(tmp_path))
     train(settings, policy=GaussianPolicy())
@@ -209,6 +219,12 @@ STRUCTURES = {
     "moving splits and levels that follow the reward": [
         "rollout.tree={at: [0, 2], moves_to: [1, 3], branch: [3, 2], noise: splits}",
         "rollout.levels={shape: splits, values: [0.5, 0.9], reward_driven: {memory: 0.5}}",
+    ],
+    "drawn splits that follow the reward, a rising beta and a falling rate": [
+        "rollout={steps: 6, kernel: cps, density: unscaled, levels: {reward_driven: {memory: 0.5}}}",
+        "rollout.tree={at: [1, 2], branch: [3, 2], noise: splits, draw: {around: success, concentration: 4.0}}",
+        "objective={name: tmpo, clip_range: 0.2, tmpo: {beta: 2.0, beta_from: 1.0}}",
+        "objective.measured_with={kernel: cps, density: unscaled}", "optimizer.schedule=cosine",
     ],
     "pruned depths and leaves": [
         "rollout.tree={at: [0, 1], branch: [3, 2], untrained_depths: [3, 4], depths_every: 2, depths_stop: 2}",

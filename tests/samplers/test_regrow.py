@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import samplers
-from samplers import Key, rollout, rollout_in_blocks
+from samplers import Key, regrow, rollout, rollout_in_blocks
 from samplers.plans import sliding_tree, straight, tree
 from samplers.recipes import coarse_tail
 from samplers.regrow import block_roots, root_blocks
@@ -141,6 +141,26 @@ def test_what_it_costs_and_what_it_holds():
         assert len(pool.kept[1]) in (3 * 3, 3 * 4)  # states before, between and after the two steps
     assert pool.regrown == 7 * 3 and out.cost.sampling_calls == first + 7 * 3
     assert held() is None
+
+
+def test_while_sampling_too_one_block_is_in_memory(monkeypatch):
+    held = []
+
+    def recorded(*args, **kwargs):
+        assert all(pool() is None for pool in held)
+        tree = rollout(*args, **kwargs)
+        held.append(weakref.ref(tree.states.x.pool))
+        return tree
+
+    monkeypatch.setattr(regrow, "rollout", recorded)
+    out = in_blocks(PLANS["binary"], [[0, 1], [2, 3], [4, 5, 6]])
+    assert [pool() is None for pool in held] == [True, True, False] and out.states.x.pool.kept is not None
+
+
+def test_equal_keys_in_different_blocks_are_refused():
+    blocks = [torch.tensor([0]), torch.tensor([1])]
+    with pytest.raises(ValueError, match="equal keys"):
+        rollout_in_blocks(network(), PLANS["straight"], [KEYS[0], KEYS[0]], blocks, latent_shape=SHAPE)
 
 
 def test_micro_batches_of_a_stored_rollout_are_plain_ones():
