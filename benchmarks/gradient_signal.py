@@ -158,7 +158,7 @@ def roll_out(
 
     tree = samplers.rollout(
         predict, plan, keys, latent_shape=policy.latent_shape(r.height, r.width), chunk=r.chunk, device=policy.device,
-        density=samplers.Density(r.kernel, r.reduction, r.density), prior_std=policy.prior_std,
+        density=samplers.Density(r.kernel, r.reduction, r.density), prior_std=policy.prior_std(plan.s[0]),
         init_keys=[key._replace(root=None) for key in keys] if r.shared_noise else keys,
     )  # fmt: skip
     with torch.no_grad():

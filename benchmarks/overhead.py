@@ -130,7 +130,7 @@ class Bench:
 
         return samplers.rollout(
             predict, self.plan, self.keys, latent_shape=self.shape, chunk=self.batch, device=self.policy.device,
-            density=samplers.Density(r.kernel, r.reduction, r.density), prior_std=self.policy.prior_std,
+            density=samplers.Density(r.kernel, r.reduction, r.density), prior_std=self.policy.prior_std(self.plan.s[0]),
         )  # fmt: skip
 
     def update(self) -> None:

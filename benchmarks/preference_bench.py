@@ -36,7 +36,7 @@ def _pickapic(row: Mapping[str, Any]) -> Record:
 
 
 def _genai(row: Mapping[str, Any]) -> Record:
-    """`prompt`, `left_image`, `right_image` (files), `vote_type`."""
+    """`prompt`, `left_image`, `right_image` (files), `vote_type` (leftvote, rightvote, tievote or bothbad_vote)."""
     return Record(row["prompt"], (row["left_image"], row["right_image"]), VOTES[row["vote_type"]])
 
 
@@ -92,21 +92,24 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Score the images of the labels (resumed in `out`) and write and return the summary: numbers for each scorer.
 
-    A reward that is the win rate of a judge is asked for its judge's verdicts on all pairs, in both orders.
+    A reward that is the win rate of a judge is asked for its judge's verdicts on all pairs, in both orders. Without
+    `validation`, equal scores alone are a tie for pickapic.
 
     Raises:
-        UserError: unreadable labels, missing images, or pickapic's ties without validation data.
+        UserError: unreadable labels, missing images, validation data that the rule has no use for.
     """
     from flowrl.commands.scoring import load_rewards, score_items
     from flowrl.summary import write_summary
     from reward_models.judges.win_rate import WinRate
 
+    if form != "pickapic" and (validation is not None or scale != 1):
+        raise UserError(f"got --validation or --scale with {form}; expected them with pickapic; leave them out")
     records = _limited(read(form, labels), limit)
     tuning = read(form, validation) if validation is not None else []
+    found, names = _items([*records, *tuning], images)
     loaded = load_rewards(reward, device)
     judges = {name: each.judge for name, each in loaded.items() if isinstance(each, WinRate)}
     rewards = {name: each for name, each in loaded.items() if name not in judges}
-    found, names = _items([*records, *tuning], images)
     specs = {name: table.spec_dict(judge.spec) for name, judge in judges.items()}
     rows: dict[str, table.ScoreRow] = {}
     if rewards:
@@ -161,17 +164,23 @@ def _items(records: Sequence[Record], folder: Path) -> tuple[list[Item], dict[tu
     return found, names
 
 
+ESTIMATES = (
+    "accuracy", "micro", "macro", "ties_wrong", "invalid_wrong", "kendall_tau_b", "pearson", "flipped", "position_bias",
+)  # fmt: skip
+
+
 def brief(summary: Mapping[str, Any]) -> list[str]:
     """The main numbers as lines for a terminal."""
     lines = []
     for name, value in summary["scores"].items():
         lines.append(f"{name}: {value['rule']}")
-        for key in ("accuracy", "micro", "macro", "ties_wrong", "kendall_tau_b", "pearson", "flipped", "position_bias"):
+        for key in ESTIMATES:
             if key in value and value[key]["mean"] is not None:
                 low, high = (f"{end:.4f}" if end is not None else "–" for end in value[key]["ci95"])
                 lines.append(f"  {key:<16}{value[key]['mean']:.4f}   95 % interval {low} to {high}")
         shares = ", ".join(
             f"{value[key]:.1%} {key.replace('_', ' ')}" for key in ("label_ties", "predicted_ties", "invalid")
         )
-        lines.append(f"  {value['pairs']} pairs: {shares}")
+        at = f"; threshold of a tie {value['threshold']:g}" if "threshold" in value else ""
+        lines.append(f"  {value['pairs']} pairs: {shares}{at}")
     return lines

@@ -24,8 +24,7 @@ RECORDS = 32  # asked together, so that an endpoint has questions for all its wo
 def ask(judge: PairJudge, records: Sequence[Record], folder: Path, store: Path) -> list[Verdicts]:
     """A judge's verdicts on all pairs of each record, from the file `store` where they are there already.
 
-    folder: to which the images' names are relative. Images of a record that cannot be read, or differ in size, have no
-    verdict.
+    folder: to which the images' names are relative. A record with an image that cannot be read has no verdict.
     """
     version = judge.spec.version
     known = {_key(row): row for row in read_jsonl(store) if row["judge"] == version and not any(row["reasons"])}
@@ -43,28 +42,27 @@ def _key(row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 
 def _verdicts(row: dict[str, Any]) -> Verdicts:
-    return Verdicts(*(tuple(math.nan if x is None else x for x in row[key]) for key in ("preference", "flips", "bias")))
+    columns = [row[key] for key in ("preference", "flips", "bias", "good")]
+    return Verdicts(*(each and tuple(math.nan if x is None else x for x in each) for each in columns))
 
 
 def _asked(judge: PairJudge, records: Sequence[Record], folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each record; those whose images have one size are asked together."""
+    """A row for each record; those whose images have one size are asked together, so that a judge gets one tensor."""
     import torch
 
     from reward_models.judges.pairwise import judge_pairs
 
-    by_size: dict[tuple[int, ...], list[tuple[Record, list[torch.Tensor]]]] = {}
+    by_size: dict[frozenset[tuple[int, ...]], list[tuple[Record, list[torch.Tensor]]]] = {}
     for record in records:
         try:
             images = [read_image(folder / name) for name in record.images]
         except Unreadable as reason:
             yield _row(judge, record, str(reason))
             continue
-        if len({image.shape for image in images}) > 1:
-            yield _row(judge, record, "the images of the record differ in size")
-        else:
-            by_size.setdefault(tuple(images[0].shape), []).append((record, images))
-    for some in by_size.values():
-        pixels = torch.stack([image for _, images in some for image in images])
+        by_size.setdefault(frozenset(tuple(image.shape) for image in images), []).append((record, images))
+    for sizes, some in by_size.items():
+        shown = [image for _, images in some for image in images]
+        pixels = torch.stack(shown) if len(sizes) == 1 else shown
         prompts = [record.prompt for record, images in some for _ in images]
         starts = torch.tensor([0, *(len(images) for _, images in some)]).cumsum(0).tolist()
         pairs = [
@@ -75,11 +73,13 @@ def _asked(judge: PairJudge, records: Sequence[Record], folder: Path) -> Iterato
         at = 0
         for (record, _), own in zip(some, pairs, strict=True):
             part = slice(at, at := at + len(own))
-            numbers = {
-                "preference": found.preference[part], "flips": found.flips[part], "bias": found.bias[part]
-            }  # fmt: skip
+            columns = {"preference": found.preference, "flips": found.flips, "bias": found.bias, "good": found.good}
             yield _row(judge, record, None) | {
-                **{key: [None if math.isnan(x) else x for x in values.tolist()] for key, values in numbers.items()},
+                **{
+                    key: [None if math.isnan(x) else x for x in values[part].tolist()]
+                    for key, values in columns.items()
+                    if values is not None
+                },
                 "reasons": found.reasons[part],
             }
 
@@ -88,5 +88,6 @@ def _row(judge: PairJudge, record: Record, reason: str | None) -> dict[str, Any]
     pairs = math.comb(len(record.images), 2)
     return {
         "prompt": record.prompt, "images": list(record.images), "judge": judge.spec.version,
-        "preference": [None] * pairs, "flips": [None] * pairs, "bias": [None] * pairs, "reasons": [reason] * pairs,
+        "preference": [None] * pairs, "flips": [None] * pairs, "bias": [None] * pairs, "good": None,
+        "reasons": [reason] * pairs,
     }  # fmt: skip

@@ -7,14 +7,16 @@ by name; the headline (`accuracy`) is the one of the data set's own authors:
 
     imagereward  micro: right pairs / pairs with different ranks; a predicted tie is wrong (Xu et al. 2023). `macro`,
                  the mean over prompts, is what the code of HPSv2 computes on the same data.
-    hpdv2        mean over prompts of 1 - inversions / (n (n - 1) / 2); a tie on either side is no inversion (Wu et al.
-                 2023).
+    hpdv2        mean over prompts of 1 - inversions / (n (n - 1) / 2); a tie of the labels is no inversion (Wu et al.
+                 2023). The released code ranks by sorting, so equal scores fall into either order by chance; here they
+                 count as half an inversion, which is what that gives on average.
     pickapic     p = softmax of the two scores, |p1 - p0| <= t is a predicted tie; 1 if prediction and label agree, 0.5
                  if exactly one of them is a tie, else 0; t of {0, 0.1, ..., 1} from validation data (Kirstain et al.
                  2023).
-    genai        GenAI-Bench of TIGER-Lab: votes for left, right, both good, both bad. Two scores cannot say "both
-                 good", so the headline leaves ties out, and `ties_wrong` counts them as wrong. Four-way answers of
-                 judges are read by `four_way`.
+    genai        GenAI-Bench of TIGER-Lab: votes for left, right, both good, both bad. For a judge that was asked the
+                 four-way question the headline is the share of votes that it meets (Jiang et al. 2024), and
+                 `invalid_wrong` counts unusable answers as wrong, as they do. Other judges and scores cannot say "both
+                 good": their headline leaves ties out, and `ties_wrong` counts them as wrong.
     genai-cmu    GenAI-Bench of CMU: mean human scores; pairs of a prompt with ties at the threshold that maximises the
                  accuracy (Deutsch et al. 2023), Kendall's tau-b and Pearson's correlation over all images.
 """
@@ -22,7 +24,6 @@ by name; the headline (`accuracy`) is the one of the data set's own authors:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -36,10 +37,6 @@ from flowrl.statistics import Estimate, mean_ci
 
 THRESHOLDS = tuple(step / 10 for step in range(11))
 VOTES = {"leftvote": (1.0, 0.0), "rightvote": (0.0, 1.0), "tievote": (1.0, 1.0), "bothbad_vote": (0.0, 0.0)}
-ANSWERS = {  # of a four-way judge -> the votes that it agrees with
-    "A>B": {"leftvote"}, "A>>B": {"leftvote"}, "B>A": {"rightvote"}, "B>>A": {"rightvote"},
-    "A=B=Good": {"tievote"}, "A=B=Bad": {"bothbad_vote"}, "A=B": {"tievote", "bothbad_vote"},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,13 +64,15 @@ def strict_pairs(labels: Sequence[float], scores: Sequence[float]) -> list[float
 def ranking_score(labels: Sequence[float], scores: Sequence[float]) -> float:
     """1 - inversions / pairs over the images that have a score; NaN with fewer than two of them.
 
-    An inversion is a pair that both sides order strictly, and oppositely.
+    An inversion is a pair that both sides order strictly, and oppositely; half a one, a pair that people order and the
+    scores do not.
     """
     known = [(x, a) for x, a in zip(labels, scores, strict=True) if not math.isnan(a)]
     pairs = list(combinations(known, 2))
     if not pairs:
         return math.nan
-    return 1 - sum((a - b) * (x - y) < 0 for (x, a), (y, b) in pairs) / len(pairs)
+    inverted = [0.0 if x == y else 0.5 if a == b else float((a - b) * (x - y) < 0) for (x, a), (y, b) in pairs]
+    return 1 - sum(inverted) / len(pairs)
 
 
 def preference(scores: Sequence[float], scale: float = 1.0) -> float:
@@ -104,11 +103,17 @@ def best_threshold(labels: Sequence[Sequence[float]], differences: Sequence[floa
     return max(THRESHOLDS, key=accuracy)
 
 
-def four_way(answer: str, vote: str) -> bool | None:
-    """Whether a judge's `[[...]]` agrees with a vote of GenAI-Bench; None if it holds no verdict that counts."""
-    found = re.search(r"\[\[(.*?)\]\]", answer, re.DOTALL)
-    agrees = ANSWERS.get(re.sub(r"\s", "", found[1])) if found else None
-    return None if agrees is None else vote in agrees
+def four_way(labels: Sequence[float], preference: float, good: float) -> float:
+    """1 if a judge meets a vote of GenAI-Bench, 0 if not, NaN without a verdict.
+
+    labels: see VOTES. preference: of the judge for the first image. good: of a tie: 1 both good, 0 both bad, and
+    anything else if it contradicts itself, which meets no vote.
+    """
+    if math.isnan(preference):
+        return math.nan
+    if labels[0] == labels[1]:
+        return float(preference == 0.5 and good == labels[0])
+    return float((preference - 0.5) * (labels[0] - labels[1]) > 0)
 
 
 def tie_pairs(labels: Sequence[float], scores: Sequence[float]) -> list[tuple[float, float]]:
@@ -160,7 +165,7 @@ def numbers(
     elif form == "genai-cmu":
         found |= _correlations(records, scores)
     credits = [strict_pairs(r.labels, s) for r, s in zip(records, scores, strict=True)]
-    found |= {"micro": _estimate(records, credits), "macro": _macro(credits)}
+    found |= {"micro": _estimate(records, credits), "macro": _macro(records, credits)}
     if form == "genai":
         with_ties = [
             credit or ([math.nan] if any(map(math.isnan, s)) else [0.0])
@@ -173,24 +178,29 @@ def numbers(
 
 RULES = {
     "imagereward": "right pairs / pairs with different ranks, over all prompts; a predicted tie is wrong",
-    "hpdv2": "mean over prompts of 1 - inversions / pairs; ties are no inversions",
+    "hpdv2": "mean over prompts of 1 - inversions / pairs; a tie of the labels is none, a predicted one half",
     "pickapic": "half credit for a tie on one side; threshold from validation data",
     "genai": "right pairs / pairs with a vote for one image; a predicted tie is wrong",
     "genai-cmu": "pairs of a prompt, ties included, at the best threshold",
 }
+FOUR_WAY = "votes that the judge meets: left, right, both good or both bad"
+
+
+def _by_prompt(records: Sequence[Record], credits: Sequence[Sequence[float]]) -> list[list[float]]:
+    found: dict[str, list[float]] = {}
+    for record, credit in zip(records, credits, strict=True):
+        found.setdefault(record.prompt, []).extend(credit)
+    return list(found.values())
 
 
 def _estimate(records: Sequence[Record], credits: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Mean of all credits with its interval; records of one prompt are drawn together."""
-    by_prompt: dict[str, list[float]] = {}
-    for record, credit in zip(records, credits, strict=True):
-        by_prompt.setdefault(record.prompt, []).extend(credit)
-    return table.as_dict(mean_ci(list(by_prompt.values())))
+    return table.as_dict(mean_ci(_by_prompt(records, credits)))
 
 
-def _macro(credits: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean over records of the mean of their credits."""
-    means = [[float(np.nanmean(credit))] for credit in credits if not np.isnan(credit).all()]
+def _macro(records: Sequence[Record], credits: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean over prompts of the mean of their credits."""
+    means = [[float(np.nanmean(each))] for each in _by_prompt(records, credits) if not np.isnan(each).all()]
     return table.as_dict(mean_ci(means))
 
 
@@ -251,11 +261,13 @@ class Verdicts:
         preference: for the first image of each pair, in [0, 1]; 0.5 is a tie.
         flips: 1 if the verdict changed with the order of the images, 0 if not.
         bias: mean of 2 p - 1 for the image that was shown first: 0 is fair.
+        good: of ties: 1 both good, 0 both bad, NaN otherwise; None where the judge was not asked.
     """
 
     preference: tuple[float, ...]
     flips: tuple[float, ...]
     bias: tuple[float, ...]
+    good: tuple[float, ...] | None = None
 
 
 def numbers_of_judge(form: str, records: Sequence[Record], verdicts: Sequence[Verdicts]) -> dict[str, Any]:
@@ -277,7 +289,7 @@ def numbers_of_judge(form: str, records: Sequence[Record], verdicts: Sequence[Ve
         "flipped": _estimate(records, [verdict.flips for verdict in verdicts]),
         "position_bias": _estimate(records, [verdict.bias for verdict in verdicts]),
         "micro": _estimate(records, strict),
-        "macro": _macro(strict),
+        "macro": _macro(records, strict),
     }
     if form == "hpdv2":
         whole = [
@@ -296,4 +308,15 @@ def numbers_of_judge(form: str, records: Sequence[Record], verdicts: Sequence[Ve
              for (x, y), (p, _) in zip(*both, strict=True)]
             for both in zip(pairs, said, strict=True)
         ])  # fmt: skip
+    elif form == "genai" and any(verdict.good is not None for verdict in verdicts):
+        met = [
+            [four_way(record.labels, p, good) for p, good in zip(v.preference, v.good or (math.nan,), strict=True)]
+            for record, v in zip(records, verdicts, strict=True)
+        ]
+        found |= {"rule": FOUR_WAY, "accuracy": _estimate(records, met)}
+        found["invalid_wrong"] = _estimate(records, np.nan_to_num(met).tolist())
+    elif form == "genai":
+        found["ties_wrong"] = _estimate(
+            records, [credit or [p * 0 for p in v.preference] for credit, v in zip(strict, verdicts, strict=True)]
+        )
     return {**found, "accuracy": found.get("accuracy", found["micro"])}

@@ -56,18 +56,33 @@ class Source(Protocol):
         ...
 
 
-def reference_source(text: str) -> Source:
+def reference_source(text: str, prompts: Sequence[Prompt] = (), limit: int | None = None, seed: int = 0) -> Source:
     """A folder of images, a manifest of files by prompt (see `reward_models.references`), or "shapes:draw".
 
+    Args:
+        prompts: that it must serve.
+        limit: references that are used at most, of each prompt in a manifest, chosen by the seed.
+
     Raises:
-        UserError: nothing is there, or a manifest of another form.
+        UserError: nothing is there, a manifest of another form, or one without images of some of the prompts.
     """
     if text == SHAPES:
+        if limit is not None:
+            raise UserError(
+                f"got adversary.limit {limit} with references {SHAPES}, which are drawn anew each time; expected a "
+                "folder or a manifest; remove limit"
+            )
         return _rendered
     try:
         found = load_references(text)
+        found = found if limit is None else found.subset(limit, seed)
     except ValueError as error:
         raise UserError(f"adversary.references: {error}") from error
+    if lacking := [prompt.text for prompt in prompts if not found.of(prompt.text)]:
+        raise UserError(
+            f"adversary.references: {text} has no images of {len(lacking)} of {len(prompts)} prompts, such as "
+            f"{lacking[0]!r}; expected some of each; add them, or give a folder that serves all prompts"
+        )
     return lambda prompt, count, key, size: _read(found, prompt, count, key, size)
 
 
@@ -85,7 +100,7 @@ def _rendered(prompt: Prompt, count: int, key: int, size: tuple[int, int]) -> Te
     from reward_models.shapes.grammar import parse
     from reward_models.shapes.render import render, sample_scene
 
-    metadata = prompt.metadata or parse(prompt.text)
+    metadata = prompt.metadata if "include" in prompt.metadata else parse(prompt.text)
     if not metadata or "include" not in metadata or size[0] != size[1]:
         raise UserError(
             f"adversary.references is {SHAPES} and the prompt {prompt.text!r}, images of {size[0]} x {size[1]} px; "
@@ -106,11 +121,14 @@ class Adversary:
     seed: int
 
     @staticmethod
-    def make(settings: AdversaryConfig | None, reward: Reward, seed: int) -> Adversary | None:
-        """The adversary that a config asks for, or None.
+    def make(
+        settings: AdversaryConfig | None, reward: Reward, seed: int, prompts: Sequence[Prompt] = ()
+    ) -> Adversary | None:
+        """The adversary that a config asks for, or None. prompts: those that it will meet.
 
         Raises:
-            UserError: a reward that learns without the section, the section without such a reward, or two of them.
+            UserError: a reward that learns without the section, the section without such a reward, two of them, or
+                references that do not serve the prompts.
         """
         learning = list(trainable_parts(reward))
         if settings is None and not learning:
@@ -121,7 +139,8 @@ class Adversary:
                 f"got {'an' if settings else 'no'} adversary section and these rewards that learn: {names}; expected "
                 "the section and exactly one; write adversary: {references: FOLDER} beside reward: {adversarial: 1.0}"
             )
-        return Adversary(learning[0], reference_source(settings.references), settings, seed)
+        source = reference_source(settings.references, prompts, settings.limit, seed)
+        return Adversary(learning[0], source, settings, seed)
 
     def learn(
         self, update: int, images: Tensor, place: Tensor, prompts: Sequence[Prompt], world: World

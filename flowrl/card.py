@@ -41,6 +41,7 @@ def write_card(
         "licence": licence,
         "merged": merged,
         "whole": (Path(out) / "model_index.json").exists(),
+        "part": "unet" if (Path(out) / "unet").is_dir() else "transformer",
         "weights": weights,
         "sheet": sheet,
         "config": config,

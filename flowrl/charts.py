@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,10 +92,15 @@ def line_chart(series: Sequence[Series], *, smooth_over: int = 40) -> Markup:
         return svg(figure, ", ".join(curve.name for curve in series))
 
 
-def interval_chart(rows: Sequence[tuple[str, Estimate, str]]) -> Markup:
-    """One line per stage: a dot at the mean, a bar over the interval. `rows`: (label, estimate, colour)."""
+def interval_chart(rows: Sequence[tuple[str, Estimate, str]], *, zero: bool = False) -> Markup:
+    """One line per stage: a dot at the mean, a bar over the interval. `rows`: (label, estimate, colour).
+
+    zero: mark it, as for differences.
+    """
     with new_figure(4.6, 0.35 + 0.26 * len(rows)) as figure:
         axes = figure.add_subplot()
+        if zero:
+            axes.axvline(0, color=SOFT, linewidth=1)
         for y, (_, estimate, colour) in enumerate(reversed(rows)):
             _interval(axes, estimate, y, colour, size=5.5)
         _horizontal(axes, [label for label, _, _ in reversed(rows)])
@@ -168,7 +174,9 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
 
 def svg(figure: Figure, description: str) -> Markup:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # text stays text, and the reader's typeface draws it
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

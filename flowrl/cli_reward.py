@@ -34,6 +34,8 @@ def train(
     margin: Annotated[float, typer.Option(min=0.0, help="triplet: how far the winner should be ahead.")] = 0.2,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the prompts only judged on.")] = 0.1,
     confidence: Annotated[float | None, typer.Option(help="counts: how sure a pair must be; default 0.8.")] = None,
+    strength: Annotated[float | None, typer.Option(help="counts: the prior's strength, in counts; default 1.")] = None,
+    most: Annotated[int | None, typer.Option(min=1, help="counts: pairs per prompt, the surest; default all.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 100,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the fit in OUT.")] = False,
@@ -49,10 +51,11 @@ def train(
     settings = Settings(
         loss=loss, margin=margin, steps=steps, batch=batch, lr=lr, held_out=held_out, seed=seed, save_every=save_every,  # type: ignore[arg-type]
     )  # fmt: skip
+    counts = {"confidence": confidence, "strength": strength, "most": most}
     found = reward.train(
         manifest, out, settings, body=body, what=what, hidden=tuple(hidden or ()), inputs=inputs, layers=layers,
-        rank=rank, counts=None if confidence is None else {"confidence": confidence}, device=device, resume=resume,
-        say=typer.echo,
+        rank=rank, counts={key: value for key, value in counts.items() if value is not None}, device=device,
+        resume=resume, say=typer.echo,
     )  # fmt: skip
     for aspect, accuracy in found["accuracy"].items():
         typer.echo(f"held-out accuracy {aspect}: {reward.describe(accuracy)}".replace(" :", ":"))

@@ -51,7 +51,7 @@ GIB = 2**30
 SMALL = 100_000_000  # parameters up to which a policy is loaded and timed
 EFFICIENCY = 0.5  # of a large matrix product's throughput, reached by a whole network
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.05, "nf4": 0.56}  # with their scales
-Inputs = Callable[[int], dict[str, Tensor]]  # of a network, for so many rows
+Inputs = Callable[[int], dict[str, Any]]  # of a network, for so many rows
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def describe(config: Config, groups: int | None = None) -> Network:
     source = resolve(config.policy.path)
     index = model_index(source, config.policy.revision)
     kind = BACKBONES[index["_class_name"]]
-    network_config = _read(source, "transformer/config.json", config)
+    network_config = _read(source, f"{kind.network_part}/config.json", config)
     vae = _read(source, "vae/config.json", config)
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     flux = index["_class_name"] == "FluxPipeline"
@@ -174,9 +174,12 @@ def describe(config: Config, groups: int | None = None) -> Network:
 
     height, width = latent_size(config.rollout)
     text = _text_tokens(source, config, flux)
-    model = _on_meta(index["transformer"][1], network_config, config, kind.lora_targets)
-    inputs = (_flux_inputs if flux else _sd3_inputs)(network_config, height, width, text)
-    calls = 1 if flux or config.rollout.guidance == 1.0 else 2
+    model = _on_meta(index[kind.network_part][1], network_config, config, kind.lora_targets)
+    unet = kind.network_part == "unet"
+    make_inputs = _flux_inputs if flux else _unet_inputs if unet else _sd3_inputs
+    inputs = make_inputs(network_config, height, width, text)
+    guidance_is_input = flux or network_config.get("time_cond_proj_dim") is not None
+    calls = 1 if guidance_is_input or config.rollout.guidance == 1.0 else 2
     states = (groups or config.prompts_per_update) * planned_cost(config).training_backwards
     rows = _padded(min(config.optimizer.micro_batch, states)) * calls
     flops, activations = _flops(model, inputs), _activations(model, inputs, rows)
@@ -186,7 +189,7 @@ def describe(config: Config, groups: int | None = None) -> Network:
     decoded = {latent_size(section) for section in (config.rollout, config.eval) if section is not None}
     decoding = max(_decoding(vae, channels, *size, config.rollout.chunk) for size in decoded)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width_of_text = network_config["joint_attention_dim"]
+    width_of_text = network_config["cross_attention_dim" if unet else "joint_attention_dim"]
     latent = channels * height * width
     return Network(own, trained, flops, rows, activations, decoding, latent, text, width_of_text, calls, other)
 
@@ -260,6 +263,23 @@ def _flux_inputs(network: dict[str, Any], height: int, width: int, text: int) ->
         "txt_ids": torch.zeros(text, 3),
         **({"guidance": torch.ones(rows)} if network.get("guidance_embeds") else {}),
     }
+
+
+def _unet_inputs(network: dict[str, Any], height: int, width: int, text: int) -> Inputs:
+    def inputs(rows: int) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "sample": torch.zeros(rows, network["in_channels"], height, width),
+            "encoder_hidden_states": torch.zeros(rows, text, network["cross_attention_dim"]),
+            "timestep": torch.zeros(rows),
+        }
+        if network.get("time_cond_proj_dim") is not None:  # latent consistency models: guidance
+            found["timestep_cond"] = torch.zeros(rows, network["time_cond_proj_dim"])
+        if network.get("addition_embed_type") == "text_time":  # SDXL: the pooled text, and six numbers of sizes
+            pooled = network["projection_class_embeddings_input_dim"] - 6 * network["addition_time_embed_dim"]
+            found["added_cond_kwargs"] = {"text_embeds": torch.zeros(rows, pooled), "time_ids": torch.zeros(rows, 6)}
+        return found
+
+    return inputs
 
 
 def _attention(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 WEIGHTS = "weights/"  # where a checkpoint keeps the policy's named states
+SETTINGS = ("force_zeros_for_empty_prompt", "requires_safety_checker")  # of pipelines, beside their parts
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 
 
@@ -97,23 +98,24 @@ def export_lora(policy: PipelinePolicy, out: str | Path, *, weights: str = "curr
             "export full weights instead (--merge)"
         )
     with policy.weights(weights):
-        folded, metadata = fold(policy.pipeline.transformer)
+        folded, metadata = fold(policy.denoiser)
+        part = policy.backbone.network_part
         policy.pipeline.save_lora_weights(
-            str(out), transformer_lora_layers=folded, transformer_lora_adapter_metadata=metadata
+            str(out), **{f"{part}_lora_layers": folded, f"{part}_lora_adapter_metadata": metadata}
         )
     return Path(out) / "pytorch_lora_weights.safetensors"
 
 
-def fold(transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter of a transformer as (state in peft's layout with `B' = scale B`, settings that say alpha = rank).
+def fold(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter of a network as (state in peft's layout with `B' = scale B`, settings that say alpha = rank).
 
     Scale is the one the layer computes with (alpha / rank, or alpha / sqrt(rank) of rank-stabilised LoRA).
     """
     from peft.utils import get_peft_model_state_dict
 
-    scales = {name: layer.scaling[ADAPTER] for name, layer in _lora_layers(transformer)}
+    scales = {name: layer.scaling[ADAPTER] for name, layer in _lora_layers(network)}
     state = {}
-    for key, value in get_peft_model_state_dict(transformer, adapter_name=ADAPTER).items():
+    for key, value in get_peft_model_state_dict(network, adapter_name=ADAPTER).items():
         layer, found, _ = key.partition(".lora_B.")  # weight, and bias where there is one
         state[key] = (value.detach().float() * (scales[layer] if found else 1.0)).cpu().contiguous()
     ranks = {
@@ -138,32 +140,33 @@ def fold(transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def export_merged(policy: PipelinePolicy, out: str | Path, *, weights: str = "current") -> Path:
     """Write full weights, `W + scale B A` in place of W, as a pipeline folder; the policy itself is not changed.
 
-    Where the text encoders were dropped (a run that is still in memory), the folder holds `transformer/` alone.
-    Raises UserError for a quantised base or an adapter that is no plain LoRA.
+    Where the text encoders were dropped (a run that is still in memory), the folder holds the network alone, in
+    `transformer/` or `unet/`. Raises UserError for a quantised base or an adapter that is no plain LoRA.
     """
-    pipeline = policy.pipeline
-    if getattr(pipeline.transformer, "is_quantized", False):
+    pipeline, network, part = policy.pipeline, policy.denoiser, policy.backbone.network_part
+    if getattr(network, "is_quantized", False):
         raise UserError(
             f"the base weights of {policy.name} are quantised and cannot hold a merged update, expected plain weights; "
             "use `flowrl export RUN --merge`, which loads them anew, or export the LoRA"
         )
     with policy.weights(weights), torch.no_grad():
-        state = merged_state(pipeline.transformer)
+        state = merged_state(network)
         with torch.device("meta"):  # takes the tensors of `state` without a copy of its own
-            transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
-        transformer.load_state_dict(state, assign=True)
+            merged = type(network).from_config(network.config)
+        merged.load_state_dict(state, assign=True)
         if policy.has_text_encoders:
-            type(pipeline)(**{**pipeline.components, "transformer": transformer}).save_pretrained(out)
+            settings = {name: pipeline.config[name] for name in SETTINGS if name in pipeline.config}
+            type(pipeline)(**{**pipeline.components, part: merged}, **settings).save_pretrained(out)
         else:
-            transformer.save_pretrained(Path(out) / "transformer")
+            merged.save_pretrained(Path(out) / part)
     return Path(out)
 
 
-def merged_state(transformer: nn.Module) -> dict[str, Tensor]:
+def merged_state(network: nn.Module) -> dict[str, Tensor]:
     """State of the network without adapters that computes the same: `W + scale B A`, in W's number format."""
-    layers = dict(_lora_layers(transformer))
+    layers = dict(_lora_layers(network))
     state: dict[str, Tensor] = {}
-    for key, value in transformer.state_dict().items():
+    for key, value in network.state_dict().items():
         name, adapted, rest = key.rpartition(".base_layer.")
         if adapted:
             layer = layers[name]
@@ -240,12 +243,12 @@ def _lora_settings(chosen: Any) -> Any:
 
 
 def _layers(policy: PipelinePolicy) -> list[tuple[str, Any]]:
-    return _lora_layers(policy.pipeline.transformer)
+    return _lora_layers(policy.denoiser)
 
 
-def _lora_layers(transformer: nn.Module) -> list[tuple[str, Any]]:
+def _lora_layers(network: nn.Module) -> list[tuple[str, Any]]:
     """(name, layer) of every layer that carries the adapter."""
     from peft.tuners.lora import LoraLayer
 
-    named = transformer.named_modules()
+    named = network.named_modules()
     return [(name, layer) for name, layer in named if isinstance(layer, LoraLayer) and ADAPTER in layer.scaling]

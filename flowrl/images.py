@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ LISTING = "samples.jsonl"  # of a folder that flowrl wrote: one object per image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MANIFESTS = (".jsonl", ".csv", ".json")
 FILE_KEYS = ("image", "file", "file_name", "path")  # where a manifest may have the file of an image
+SEED_KEYS = ("index", "seed_index")  # where it may say which image of its prompt it is
 
 
 class Unreadable(Exception):
@@ -28,13 +30,18 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Item:
-    """An image with its prompt. seed_index: which image of its prompt. prompt_id: equal for equal prompts of a task."""
+    """An image with its prompt.
+
+    Attributes:
+        prompt_id: equal for equal prompts of a task.
+        seed_index: which image of its prompt, where a listing says so; else None.
+    """
 
     image: str
     path: Path
     prompt: str
     prompt_id: int
-    seed_index: int
+    seed_index: int | None
     metadata: dict[str, Any]
 
 
@@ -51,6 +58,12 @@ def find(sources: Sequence[str | Path], prompts: str | None = None, texts: Seque
         UserError: nothing there, a listed file is missing, or the prompts are unknown or of another number.
     """
     given = [Path(source) for source in sources]
+    alone = [path for path in given if path.is_dir() or path.suffix.lower() in MANIFESTS]
+    if alone and len(given) > 1:
+        raise UserError(
+            f"got {alone[0]} among {len(given)} sources; expected one folder, one manifest, or image files and "
+            "patterns; score each folder by itself, or write a pattern such as '*/*.png'"
+        )
     if len(given) == 1 and given[0].is_dir():
         return _of_folder(given[0], prompts, texts)
     if len(given) == 1 and given[0].is_file() and given[0].suffix.lower() in MANIFESTS:
@@ -63,22 +76,38 @@ def find(sources: Sequence[str | Path], prompts: str | None = None, texts: Seque
 def items(folder: Path, rows: Iterable[Mapping[str, Any]], where: str) -> list[Item]:
     """Rows with "image" (relative to `folder`) and "prompt" as items; other keys are metadata."""
     numbers: dict[object, int] = {}
-    seen: dict[str, int] = {}
     found: list[Item] = []
     for row in rows:
         name, prompt = row.get("image"), row["prompt"]
         if not isinstance(name, str) or not (folder / name).is_file():
             raise UserError(f"{folder}: the image {name!r} is missing; expected every file that {where} names; add it")
-        index = row.get("index", row.get("seed_index", seen.get(prompt, 0)))
-        seen[prompt] = seen.get(prompt, 0) + 1
+        check_entry(row)
         key = prompt, str(row.get("tag"))  # two tasks may share a text
-        metadata = {key: value for key, value in row.items() if key not in ("image", "index", "seed_index")}
-        found.append(Item(name, folder / name, prompt, numbers.setdefault(key, len(numbers)), int(index), metadata))
+        metadata = {key: value for key, value in row.items() if key not in ("image", *SEED_KEYS)}
+        number = numbers.setdefault(key, len(numbers))
+        found.append(Item(name, folder / name, prompt, number, _seed_index(row), metadata))
     if not found:
         raise UserError(f"{where} names no images; expected at least one")
-    if len({item.image for item in found}) < len(found):
-        raise UserError(f"{where} names an image twice; expected each once; remove the second line")
+    if twice := [name for name, times in Counter(item.image for item in found).items() if times > 1]:
+        raise UserError(f"{where}: the image {twice[0]!r} comes twice; expected each once; leave the second out")
     return found
+
+
+def _seed_index(row: Mapping[str, Any]) -> int | None:
+    """Which image of its prompt; None where the row has no whole number for it (other tables use `index`, too)."""
+    given = str(next((row[key] for key in SEED_KEYS if key in row), None))
+    return int(given) if given.isdecimal() else None
+
+
+def check_entry(row: Mapping[str, Any]) -> None:
+    """Refuse what no table of scores could hold, before anything is drawn or scored."""
+    try:
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # NaN, or a file name or text that is not Unicode
+        raise UserError(
+            f"the entry of the image {row['image']!r} cannot be written as JSON ({error}); expected Unicode text and "
+            "finite numbers; write null for a number that is missing, and rename a file whose name is not UTF-8"
+        ) from error
 
 
 def digest(path: Path) -> str | None:
@@ -93,7 +122,8 @@ def read_image(path: Path) -> Tensor:
     """An image as (3, H, W) float32 in [0, 1], the right way up, without its alpha channel.
 
     Raises:
-        Unreadable: it is no image, damaged, or so large that PIL takes it for a decompression bomb.
+        Unreadable: it is no image, damaged, not of 8 bits (PIL would cut its values off at 255), or so large that PIL
+            takes it for a decompression bomb.
     """
     import numpy as np
     import torch
@@ -101,6 +131,8 @@ def read_image(path: Path) -> Tensor:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise Unreadable(f"cannot read {path.name}: its values have more than 8 bits; save it with 8 bits")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, for damaged files
         raise Unreadable(f"cannot read {path.name} as an image ({error})") from error
@@ -114,7 +146,9 @@ def _of_folder(folder: Path, prompts: str | None, texts: Sequence[str]) -> list[
         if rows := _geneval_layout(folder):
             return items(folder, rows, "metadata.jsonl")
     files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    return _with_prompts(folder, [name for name in files if name != "sheet.png"], prompts, texts, str(folder))
+    if not (files := [name for name in files if name != "sheet.png"]):
+        raise UserError(f"{folder} holds no images; expected some of {', '.join(SUFFIXES)}; name another folder")
+    return _with_prompts(folder, files, prompts, texts, str(folder))
 
 
 def _geneval_layout(folder: Path) -> list[dict[str, Any]]:
@@ -192,15 +226,24 @@ def _manifest(path: Path) -> list[dict[str, Any]]:
 def _json_manifest(path: Path) -> list[dict[str, Any]]:
     """A list of objects, or one object `{file: prompt}`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_key_once)
     except ValueError as error:
-        raise UserError(f"{path}: {error}; expected JSON") from error
+        raise UserError(f"{path}: {error}; expected JSON in which each key comes once") from error
     if isinstance(content, dict):
         content = [{"image": name, "prompt": prompt} for name, prompt in content.items()]
-    if not isinstance(content, list) or not all(
-        isinstance(r, dict) and isinstance(r.get("prompt"), str) for r in content
-    ):
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise UserError(
             f"{path}: expected a list of objects with image and prompt, or one object that maps files to prompts"
         )
+    for number, row in enumerate(content, start=1):
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise UserError(f"{path}, entry {number}: the prompt is {row.get('prompt')!r}; expected a text; add it")
+        row["prompt"] = row["prompt"].strip()
     return content
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that comes twice (an image, say) is an error and not the last value."""
+    if twice := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
+        raise ValueError(f"the key {twice[0]!r} comes twice")
+    return dict(pairs)

@@ -72,7 +72,9 @@ def _prompt(row: Metadata, column: str, where: str) -> Prompt:
     text = row.get(column)
     if not isinstance(text, str) or not text.strip():
         got = f"{column} = {text!r}" if column in row else f"the keys {', '.join(map(str, row)) or '(none)'}"
-        raise UserError(f"{where}: got {got}; expected a text under {column!r}; set text_column or correct the source")
+        raise UserError(
+            f"{where}: got {got}; expected a text under {column!r}; rename the column, or set text_column in a config"
+        )
     return Prompt(text.strip(), {**row, "prompt": text.strip()})
 
 
@@ -126,7 +128,8 @@ def _csv(text: str, path: Path, column: str) -> Iterator[Metadata]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if reader.fieldnames is not None and column not in reader.fieldnames:
         raise UserError(
-            f"{path} has the columns {', '.join(reader.fieldnames)}; expected one called {column!r}; set text_column"
+            f"{path} has the columns {', '.join(reader.fieldnames)}; expected one called {column!r}; rename one, "
+            "or set text_column in a config"
         )
     try:
         for row in reader:

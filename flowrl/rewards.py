@@ -10,7 +10,8 @@ from flowrl.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from reward_models.protocol import Reward
+    from flowrl.config import Config
+    from reward_models.protocol import Reward, RewardSpec
 
 
 def load_reward(spec: str | Mapping[str, Any], device: str | torch.device = "cpu", **options: Any) -> Reward:
@@ -21,3 +22,24 @@ def load_reward(spec: str | Mapping[str, Any], device: str | torch.device = "cpu
         return reward_models.load(spec, device=device, **options)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def ask_elsewhere(*specs: Any) -> dict[str, RewardSpec]:
+    """Ask the servers that rewards need, in seconds and before any weights load: name -> spec of each such reward.
+
+    specs: rewards as `reward_models.load` takes them; None and empty ones are passed over.
+
+    Raises:
+        UserError: a server does not answer, or not as expected.
+    """
+    from reward_models import RewardError, elsewhere
+
+    try:
+        return elsewhere.ask_elsewhere(*filter(None, specs))
+    except (RewardError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def named_in(config: Config) -> list[Any]:
+    """All rewards that a config names."""
+    return [config.reward, *((config.eval.rewards, config.eval.judge) if config.eval is not None else ())]

@@ -60,7 +60,7 @@ def generate(
 
         tree = samplers.rollout(
             predict, plan, keys, latent_shape=policy.latent_shape(*size), chunk=settings.chunk, device=policy.device,
-            keep=False, prior_std=policy.prior_std,
+            keep=False, prior_std=policy.prior_std(plan.s[0]),
         )  # fmt: skip
         images = to_8bit(policy.decode(tree.leaves.flatten(0, 1)).cpu())
         yield from zip(numbers, images.split(k), strict=True)

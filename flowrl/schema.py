@@ -314,6 +314,7 @@ class AdversaryConfig(Section):
     references: str = Field(
         description="what the reward learns to prefer: a folder of images, a manifest of files by prompt, shapes:draw"
     )
+    limit: Positive | None = Field(None, description="use only N of the references (of each prompt in a manifest)")
     per_prompt: Positive = Field(8, description="references for each prompt of an update")
     schedule: Literal["alternate", "trigger"] = Field(
         "alternate", description="the reward learns in a fixed ratio, or only when it likes references less than images"

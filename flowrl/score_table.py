@@ -70,12 +70,12 @@ def read(path: str | Path) -> tuple[dict[str, Spec], list[ScoreRow]]:
                 f"{meta_path(path)} is damaged ({error}); expected the specs of the scores in {path.name}; "
                 "restore it, or move both files away and score again"
             ) from error
-    rows: dict[str, Any] = {row.get("image", str(i)): row for i, row in enumerate(read_jsonl(path))}
+    rows: dict[str, Any] = {row.get("image") or str(i): row for i, row in enumerate(read_jsonl(path))}
     for name, row in rows.items():
         if not isinstance(row.get("prompt"), str) or not isinstance(row.get("scores"), dict):
             raise UserError(
                 f"{path}: the row of {name!r} has no 'prompt' and 'scores'; expected a file that `flowrl score` wrote; "
-                "name another --out"
+                "name another file"
             )
     return columns, list(rows.values())
 
@@ -93,7 +93,8 @@ def open_columns(path: Path, specs: Mapping[str, Spec]) -> None:
             raise UserError(
                 f"{path} has scores of {name!r} with another {', '.join(changed)} "
                 f"({', '.join(f'{columns[name].get(key)!r} there, {spec[key]!r} now' for key in changed)}); expected "
-                "the same reward, because such scores cannot be compared; name another --out"
+                "the same reward, because such scores cannot be compared; name another --out, or move this file and "
+                f"{meta_path(path).name} away"
             )
     if columns | dict(specs) != columns:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,20 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def finish(path: Path, rows: Sequence[ScoreRow]) -> None:
     """Rewrite the table with each image once, in this order."""
     replace(path, "".join(map(_line, rows)))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write results to.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the folder {folder} cannot be written to; choose another --out")
 
 
 def replace(path: Path, text: str) -> None:
@@ -195,3 +210,9 @@ def to_json(columns: Mapping[str, Spec], rows: Sequence[ScoreRow]) -> str:
     means = {name: as_dict(estimate(rows, name)) for name in names(rows)}
     content = {"columns": dict(columns), "means": means, "rows": list(rows)}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)

@@ -276,8 +276,9 @@ def _adversary_turn(
     """Let a reward learn from the images of an update: (whether the policy learns from them too, numbers to log)."""
     if state.adversary is None:
         return True, {}
+    before, run.committed = run.committed, True  # half of its steps are no boundary either
     turn, found = state.adversary.learn(state.update, images, place, asked, world)
-    run.committed = run.committed or turn.discriminator > 0  # the reward has moved on: no stop before the boundary
+    run.committed = before or turn.discriminator > 0
     return turn.generator, {f"adversary/{name}": value for name, value in found.items()}
 
 

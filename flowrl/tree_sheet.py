@@ -83,7 +83,7 @@ def grow(
 
     tree = samplers.rollout(
         predict, plan, [key], latent_shape=latent_shape, chunk=chunk, device=policy.device, keep=False,
-        init_keys=[init_key or key], prior_std=policy.prior_std,
+        init_keys=[init_key or key], prior_std=policy.prior_std(plan.s[0]),
     )  # fmt: skip
     inner = [node for front in plan.frontiers for node in front.parents]  # the order of the model calls
     latents = torch.empty(len(plan), *latent_shape, device=tree.leaves.device)

@@ -132,6 +132,7 @@ class Batcher:
             finally:
                 self.counts.seconds += time.monotonic() - self.busy_since
                 self.busy_since = None
+            del jobs  # their pixels, while others are waited for
 
     def _next(self) -> list[Job] | None:
         """The oldest job and those that can be scored with it; None when closed and all is done."""
@@ -157,7 +158,7 @@ class Batcher:
     def _answer(self, jobs: list[Job]) -> None:
         try:
             whole = self._call(
-                torch.cat([job.images for job in jobs]),
+                torch.cat([job.images for job in jobs]) if len(jobs) > 1 else jobs[0].images,
                 [prompt for job in jobs for prompt in job.prompts],
                 [entry for job in jobs for entry in job.metadata],
                 jobs[0].groups if len(jobs) == 1 else None,  # a reward of single images does not read them
@@ -203,7 +204,7 @@ class Batcher:
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None
     ) -> RewardResult:
         self.counts.calls += 1
-        return checked_score(self.reward, images.float() / 255, prompts, metadata, groups, all_missing="allow")
+        return checked_score(self.reward, images, prompts, metadata, groups, all_missing="allow")
 
 
 def _begun(job: Job) -> bool:

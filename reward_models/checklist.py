@@ -49,7 +49,8 @@ class Question:
 def parse_questions(metadata: Metadata) -> list[Question] | str:
     """The checklist of ``metadata["questions"]``, or what is wrong with it.
 
-    Each entry is a text or {"question": text, "answer": "yes" or "no", "needs": [numbers], "weight": w}.
+    Each entry is a text or {"question": text, "answer": "yes" or "no", "needs": [numbers], "weight": w}; a value of
+    None counts as absent.
     """
     entries: Any = metadata.get("questions")
     if not isinstance(entries, list | tuple) or not entries:
@@ -59,11 +60,13 @@ def parse_questions(metadata: Metadata) -> list[Question] | str:
         entry = {"question": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not str(entry.get("question") or "").strip():
             return f"question {i} is {entry!r}, expected a text or an object with 'question'"
-        answer, needs, weight = entry.get("answer", "yes"), entry.get("needs", ()), entry.get("weight", 1.0)
-        answer = {True: "yes", False: "no"}.get(answer, answer)  # YAML reads yes and no as booleans
+        told = {key: value for key, value in entry.items() if value is not None}
+        answer, needs, weight = told.get("answer", "yes"), told.get("needs", ()), told.get("weight", 1.0)
+        if isinstance(answer, bool):
+            answer = "yes" if answer else "no"  # YAML reads yes and no as booleans
         if answer not in ("yes", "no"):
             return f"question {i} expects {answer!r}, which is neither 'yes' nor 'no'"
-        if not all(isinstance(n, int) and 0 <= n < i for n in needs):
+        if not isinstance(needs, list | tuple) or not all(isinstance(n, int) and 0 <= n < i for n in needs):
             return f"question {i} needs {needs!r}, expected numbers of earlier questions"
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             return f"question {i} has weight {weight!r}, expected a positive number"

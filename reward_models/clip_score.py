@@ -66,6 +66,7 @@ class ClipScore:
             ("tiny-clip"), or encoders that are already built.
         processor: folder or repository of the tokenizer and preprocessor_config.json; None: the same.
         formula, scale: as above.
+        prefix: put before every prompt; CLIPScore's paper has "A photo depicts ", other uses of it nothing.
         preprocessing: attributes of the model's own ``Preprocessing`` to replace, for example {"antialias": False}.
         device: where to compute.
         chunk: images per forward.
@@ -84,6 +85,7 @@ class ClipScore:
         processor: str | Path | None = None,
         formula: str = "cosine",
         scale: float = 1.0,
+        prefix: str = "",
         preprocessing: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
         chunk: int = 256,
@@ -99,7 +101,7 @@ class ClipScore:
             self.towers = path
         else:
             self.towers = two_towers.from_folder(_found(path), processor=processor, device=device)
-        self.formula, self.scale, self.chunk, self.checkpoint = formula, scale, chunk, checkpoint
+        self.formula, self.scale, self.prefix, self.chunk, self.checkpoint = formula, scale, prefix, chunk, checkpoint
         self.model, self.device = self.towers.model, self.towers.device
         self.preprocessing = _changed(self.towers.preprocessing, preprocessing or {})
         self._text: dict[str, Tensor] = {}  # features of prompts seen before; training repeats its prompts
@@ -107,6 +109,7 @@ class ClipScore:
         self._last = weakref.ref(nothing), 0, nothing  # images, their version, their features
         low, high = self._value(torch.tensor([-1.0, 1.0])).tolist()
         how = ("" if formula == "cosine" else f" {formula}") + ("" if scale == 1 else f" x {scale:.6g}")
+        how += f" after {prefix!r}" if prefix else ""
         self.spec = RewardSpec(
             name=name or self.towers.name,
             version=self.towers.digest[:12] + how,
@@ -133,6 +136,8 @@ class ClipScore:
         """Normalised image features, (N, 3, H, W) in [0, 1] -> (N, D) float32 on the CPU.
 
         Those of the last images are kept: who asks for a score often asks for diversity next."""
+        if images.is_inference():  # such tensors do not say whether they were changed
+            return self.differentiable_features(images).cpu()
         last, version, features = self._last
         if last() is not images or version != images._version:
             features = self.differentiable_features(images).cpu()
@@ -150,7 +155,7 @@ class ClipScore:
                 new = sorted(set(prompts))
             for start in range(0, len(new), self.chunk):
                 part = new[start : start + self.chunk]
-                features = normalize(self.towers.encode_text(part), dim=1).cpu()
+                features = normalize(self.towers.encode_text([self.prefix + prompt for prompt in part]), dim=1).cpu()
                 self._text |= dict(zip(part, features, strict=True))
         return torch.stack([self._text[prompt] for prompt in prompts])
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ from .protocol import Metadata, Reward, RewardResult, RewardSpec
 from .schedule import Schedule, all_at
 
 Rule = Callable[[Tensor, Tensor], Tensor]
+Scope = Literal["point", "group", "set"]
+
+TRUSTED = ("verified", "learned")
+MADE_OF = {"reward", "rewards", "weights", "rule", "update", "spec"}  # fields that are no settings
 
 
 # --- rules: (K, N) values and (K,) positive weights -> (N,); NaN in, NaN out ------------------------------------------
@@ -102,10 +106,12 @@ class Combined:
                 )
         ends = torch.tensor([self.rewards[name].spec.range for name in used], dtype=torch.float64)
         low, high = RULES[self.rule](ends, self._used_weights()).nan_to_num(nan=math.inf).tolist()  # 0 * inf
-        parts = ", ".join(
-            name if self.weights[name] == 1 else f"{name}^{self.weights[name]:g}" for name in self.rewards
-        )
-        spec = combined_spec(f"{self.rule}({parts})", self.rewards, (low, high))
+        parts = [
+            (name if name == reward.spec.name else f"{name}: {reward.spec.name}")  # a label alone says nothing
+            + ("" if self.weights[name] == 1 else f"^{self.weights[name]:g}")
+            for name, reward in self.rewards.items()
+        ]
+        spec = combined_spec(f"{self.rule}({', '.join(parts)})", self.rewards, (low, high))
         smooth = all(self.rewards[name].spec.differentiable for name in used)
         object.__setattr__(self, "spec", replace(spec, differentiable=smooth))
 
@@ -187,7 +193,8 @@ class Gate:
             low, high = min(ends), max(ends)
         said = "" if self.at_least is None else f" >= {_say(self.at_least)} else {self.otherwise}"
         spec = combined_spec(f"{value.name} if {gate.name}{said}", self.rewards, (low, high))
-        object.__setattr__(self, "spec", replace(spec, higher_is_better=value.higher_is_better))
+        version = f"{spec.version}; {settings(self)}"
+        object.__setattr__(self, "spec", replace(spec, version=version, higher_is_better=value.higher_is_better))
 
     def at(self, update: int | None) -> Gate:
         """The gate as it stands at an update, see ``schedule.at``."""
@@ -240,13 +247,16 @@ class Trust:
     def __post_init__(self) -> None:
         for name, reward in self.rewards.items():
             _check_direction(name, reward, "trust")
+        check_numbers(threshold=self.threshold, decay=1 if self.decay is None else self.decay)
         if min(self.weights.values()) <= 0 or (self.decay is not None and self.decay <= 0):
             raise ValueError(
                 f"got trust with weights {dict(self.weights)} and decay {self.decay}, expected numbers above 0. "
                 "Correct them, or leave decay out."
             )
-        spec = combined_spec(" + trusted ".join(reward.spec.name for reward in self.rewards.values()), self.rewards)
-        object.__setattr__(self, "spec", replace(spec, scope="set" if spec.scope == "set" else "group"))
+        verified, learned = (f"{self.weights[name]:g} {self.rewards[name].spec.name}" for name in TRUSTED)
+        spec = combined_spec(f"{verified} + trusted {learned}", self.rewards)
+        scope: Scope = "set" if spec.scope == "set" else "group"
+        object.__setattr__(self, "spec", replace(spec, version=f"{spec.version}; {settings(self)}", scope=scope))
 
     def at(self, update: int | None) -> Trust:
         """The reward as it stands at an update, see ``schedule.at``."""
@@ -293,6 +303,29 @@ def group_index(groups: Tensor | None, prompts: list[str]) -> Tensor:
     return torch.tensor([places.setdefault(prompt, len(places)) for prompt in prompts], dtype=torch.long)
 
 
+def settings(reward: Any, **instead: Any) -> str:
+    """The options of a reward that is made of others, for its version: two that differ in one are not comparable.
+
+    instead: what to say of an option in place of its value.
+    """
+    names = [f.name for f in fields(reward) if f.name not in MADE_OF]
+    return ", ".join(f"{name} {instead.get(name, getattr(reward, name))}" for name in names)
+
+
+def check_numbers(**given: Any) -> None:
+    """ValueError for what is no finite number."""
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"got {name}: {value!r}, expected a finite number. Correct it.")
+
+
+def check_whole_numbers(**given: Any) -> None:
+    """ValueError for what is no whole number."""
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"got {name}: {value!r}, expected a whole number. Correct it.")
+
+
 def _used(weights: Mapping[str, float]) -> list[str]:
     return [name for name, weight in weights.items() if weight]
 
@@ -313,6 +346,3 @@ def _check_plain_weights(weights: Mapping[str, float], rule: str) -> None:
 def _say(threshold: Any) -> str:
     schedule = Schedule.read(threshold)
     return "->".join(f"{value:g}" for value in schedule.values)
-
-
-__all__ = ["RULES", "Combined", "Gate", "Trust", "group_index", "trust_weights"]

@@ -33,6 +33,7 @@ from .geneval import Box, Detection, iou
 from .layout import box_iou
 
 Compat = Literal["t2i_compbench"]
+CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 PERSONS = {"girl": "person", "boy": "person", "man": "person", "woman": "person"}
 ALIASES = PERSONS | {"ship": "boat", "goldfish": "fish", "painting": "picture", "television": "tv"}
 PUBLISHED_ALIASES = PERSONS | {"ship": "boat", "goldfish": "fish", "painting": "picture", "telivision": "tv"}
@@ -47,6 +48,7 @@ NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5
 NO_OBJECTS = ("top", "the side", "the left", "the right")  # noun chunks that are half of a relation
 MOST_QUESTIONS = 8
 NEAR = 150.0  # pixels of the image as the detector saw it
+SHORT, LONG = 479, 480  # into which the published detector's image is fitted
 MOST_OVERLAP_2D = 0.1  # IoU above which a side is less clear
 FULL_OVERLAP_3D = 0.5  # IoU from which one object clearly covers the other
 SAME = 0.9  # overlap from which two detections of a label are one object
@@ -110,6 +112,11 @@ def parse_spatial(
 def _word_place(phrase: str, text: str) -> int:
     found = re.search(rf"\b{re.escape(phrase)}\b", text)
     return found.start() if found else -1
+
+
+def near_in(height: int, width: int) -> float:
+    """``NEAR`` in pixels of an image of this size, whose detections are in its own pixels."""
+    return NEAR / min(SHORT / min(height, width), LONG / max(height, width))
 
 
 def position_2d(a: Box, b: Box, relation: str, near: float = NEAR) -> float:
@@ -188,6 +195,13 @@ def _pair_score(first: Detection | None, second: Detection | None, position: Cal
 
 def _is(label: str, name: str) -> bool:
     return label in (name, ALIASES.get(name))
+
+
+def knows(classes: Sequence[str], name: str, compat: Compat | None = None) -> bool:
+    """Whether a detector of these classes can find a name; for one that cannot, 0 would be the detector's fault."""
+    if compat:
+        return any(PUBLISHED_ALIASES.get(name, name) in label for label in classes)
+    return any(_is(label, name) for label in classes)
 
 
 def _best_pair(detections: Sequence[Detection], target: Spatial) -> tuple[Detection | None, Detection | None]:

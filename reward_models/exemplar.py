@@ -21,6 +21,7 @@ from .references import References, load_references, read_image
 
 REMEMBERED = 256  # sets of references whose features are kept
 EPSILON = 0.01  # of the transport, in units of 1 - cosine
+PAIRS = 1 << 24  # pairs of patches compared at once: 128 MiB in the transport's float64
 
 
 def cosine(x: Tensor, references: Tensor) -> Tensor:
@@ -180,15 +181,22 @@ class ExemplarReward:
                 self._kept[files] = torch.cat([self._own(read_image(file)[None].float() / 255) for file in files])
         return self._kept[files]
 
-    def _values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _similarities(self, vectors: Tensor, exemplars: Tensor) -> Tensor:
+        """(R,) of one image; all pairs of patches with hundreds of references would not fit into memory."""
         measure = SIMILARITIES[self.similarity]
+        if self.similarity == "cosine":
+            return measure(vectors, exemplars)
+        together = max(1, PAIRS // (len(vectors) * exemplars.shape[1]))
+        return torch.cat([measure(vectors, part) for part in exemplars.split(together)])
+
+    def _values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         values = []
         for vectors, prompt in zip(self._own(images), prompts, strict=True):
             exemplars = self._exemplars(prompt)
             if exemplars is None:
                 values.append(vectors.new_full((), torch.nan))
             else:
-                found = measure(vectors, exemplars)
+                found = self._similarities(vectors, exemplars)
                 values.append(found.amax() if self.over == "max" else found.mean())
         return torch.stack(values)
 

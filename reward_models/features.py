@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,11 @@ class ImageFeatures:
     device: torch.device
     chunk: int
 
-    def _all(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _all(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if not len(images):
             raise ValueError("got no images, expected at least one. Do not ask for features of nothing.")
-        return [self.network(self.prepare(part.to(self.device).float())) for part in images.split(self.chunk)]
+        # one by one: who wants features only does not hold the tokens of all images
+        return (self.network(self.prepare(part.to(self.device).float())) for part in images.split(self.chunk))
 
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, H, W) in [0, 1] -> CLS (N, D), patches (N, M, D) float32, row by row of the picture."""
@@ -118,11 +119,16 @@ def timm_features(
     if path is not None and not Path(path).expanduser().is_file():
         raise ValueError(f"got weights {str(path)!r} for {model!r}, but there is no such file. Correct the path.")
     config: Any = network.pretrained_cfg
-    weights = (
-        load_state_dict_from_hf(config["hf_hub_id"], weights_only=True)
-        if path is None
-        else load_state_dict(str(Path(path).expanduser()), weights_only=True)
-    )
+    if path is None:
+        try:
+            weights = load_state_dict_from_hf(config.get("hf_hub_id") or model, weights_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"got timm model {model!r}, whose weights are not within reach ({error}). Give the file of its weights "
+                "as path."
+            ) from error
+    else:
+        weights = load_state_dict(str(Path(path).expanduser()), weights_only=True)
     weights = checkpoint_filter_fn(weights, network)
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
     try:

@@ -76,7 +76,7 @@ class ValidityReward:
         limits: those of ``Limits`` that differ from the default.
 
     Raises:
-        ValueError: unknown limit.
+        ValueError: unknown limit, or one of another kind.
     """
 
     def __init__(self, **limits: Any) -> None:
@@ -85,7 +85,12 @@ class ValidityReward:
             raise ValueError(
                 f"got limits {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(known))}. Correct them."
             )
-        self.limits = Limits(**limits)
+        size = limits.get("size")
+        if size is not None and not (isinstance(size, list | tuple) and len(size) == 2):
+            raise ValueError(f"got size {size!r}, expected [height, width]. Give both.")
+        if wrong := {k: v for k, v in limits.items() if k != "size" and not isinstance(v, int | float)}:
+            raise ValueError(f"got limits {wrong}, expected numbers. Correct them.")
+        self.limits = Limits(**limits | {"size": None if size is None else (int(size[0]), int(size[1]))})
         self.spec = RewardSpec(
             name="validity",
             version=f"1, {self.limits}",

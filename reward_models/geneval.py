@@ -5,7 +5,8 @@ Flow-GRPO (arXiv 2505.05470, github.com/yifan123/reward-server) for the strict a
 serve the Shapes world and the COCO benchmark: only the detector and the colour classifier differ.
 
 Differences from the published code: detections of equal score are ordered by area, then by x (theirs: arbitrary), and a
-wrong position adds no term of 1 to the soft score (``flow_grpo_compat`` brings it back).
+wrong position adds no term of 1 to the soft score (``flow_grpo_compat`` brings it back). A key of the metadata whose
+value is None counts as absent, because tables (Arrow, Parquet) fill up what a row does not have.
 """
 
 from __future__ import annotations
@@ -183,12 +184,12 @@ def official(
         matched = len(found) == count
         if not matched:
             faults.append(f"expected {label} >= {count}, found {len(found)}")
-        if matched and "color" in clause:
+        if matched and clause.get("color") is not None:
             seen = list(colours_of(found))
             if seen.count(clause["color"]) < count:
                 matched = False
                 faults.append(f"expected {clause['color']} {label} >= {count}, found {', '.join(seen)}")
-        if matched and "position" in clause:
+        if matched and clause.get("position") is not None:
             relation, target = clause["position"]
             if groups[target] is None:
                 matched, fault = False, f"no target for {label} to be {relation}"
@@ -197,7 +198,7 @@ def official(
             if not matched:
                 faults.append(fault)
         groups.append(found if matched else None)
-    for clause in metadata.get("exclude", ()):
+    for clause in metadata.get("exclude") or ():
         number = len(objects.get(clause["class"], ()))
         if number >= clause["count"]:
             faults.append(f"expected {clause['class']} < {clause['count']}, found {number}")
@@ -223,14 +224,15 @@ def strict_and_soft(
         count = clause["count"]
         found = objects.get(clause["class"], ())
         matched = len(found) == count
+        coloured, placed = (clause.get(key) is not None for key in ("color", "position"))
         terms.append(1 - abs(count - len(found)) / count)
-        if not matched and ("color" in clause or "position" in clause):
+        if not matched and (coloured or placed):
             terms.append(0.0)
-        if matched and "color" in clause:
+        if matched and coloured:
             right = list(colours_of(found)).count(clause["color"])
             terms.append(1 - abs(count - right) / count)
             matched = right == count
-        if matched and "position" in clause:
+        if matched and placed:
             relation, target = clause["position"]
             if groups[target] is None:
                 matched = False
@@ -265,20 +267,30 @@ def judge(
     return Judgement(correct, strict, soft, reason, objects)
 
 
-def check_metadata(metadata: Mapping[str, Any], classes: Sequence[str], colours: Sequence[str]) -> str | None:
-    """Why metadata cannot be judged by a detector of these classes and colours, or None if it can."""
-    include, exclude = metadata.get("include"), metadata.get("exclude", ())
+def check_metadata(
+    metadata: Mapping[str, Any], classes: Sequence[str] | None = None, colours: Sequence[str] | None = None
+) -> str | None:
+    """Why metadata cannot be judged, or None if it can.
+
+    Args:
+        metadata: of the prompt.
+        classes, colours: those that the detector and the colour classifier know; None: any.
+    """
+    include, exclude = metadata.get("include"), metadata.get("exclude") or ()
     if not isinstance(metadata.get("tag"), str) or not isinstance(include, list | tuple) or not include:
         return "the metadata has no GenEval 'tag' and 'include'"
+    if not isinstance(exclude, list | tuple):
+        return f"exclude is {exclude!r}, expected a list of clauses"
     for i, clause in enumerate([*include, *exclude]):
         match clause:
             case {"class": str(label), "count": int(count)} if count >= 1:
-                if label not in classes:
+                if classes is not None and label not in classes:
                     return f"class {label!r} is not one of {', '.join(classes)}"
             case _:
                 return f"clause {clause!r} needs a 'class' and a 'count' of at least 1"
-        if clause.get("color", colours[0]) not in colours:
-            return f"colour {clause['color']!r} is not one of {', '.join(colours)}"
+        colour = clause.get("color")
+        if colour is not None and colours is not None and colour not in colours:
+            return f"colour {colour!r} is not one of {', '.join(colours)}"
         match clause.get("position"):
             case None:
                 pass
@@ -309,6 +321,19 @@ def image_and_prompt_shares(prompt_ids: Sequence[object], correct: Sequence[floa
     for prompt, value in zip(prompt_ids, correct, strict=True):
         best[prompt] = max(best.get(prompt, 0.0), float(value))
     return sum(map(float, correct)) / len(correct), sum(best.values()) / len(best)
+
+
+def range_of(kind: str, kinds: Sequence[str], options: Options = Options()) -> tuple[float, float]:
+    """Least and greatest value of one of a reward's three kinds: official, strict, soft.
+
+    The soft score is least where one object is asked for and as many as count are found: 1 - (max_objects - 1).
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in kinds:
+        raise ValueError(f"got GenEval reward {kind!r}, expected one of {', '.join(kinds)}. Use one of these.")
+    return (min(2.0 - options.max_objects, 0.0), 1.0) if kind == kinds[2] else (0.0, 1.0)
 
 
 def result_of(answers: Sequence[Judgement | str], kinds: Sequence[str], kind: str) -> RewardResult:

@@ -31,10 +31,12 @@ from .geneval import (
     Options,
     check_metadata,
     judge,
+    range_of,
     result_of,
 )
+from .plug_ins import plug_in
 from .preprocess import normalise
-from .protocol import Metadata, RewardResult, RewardSpec
+from .protocol import Metadata, RewardResult, RewardSpec, pixels_of
 from .two_towers import from_folder
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -123,7 +125,7 @@ class ClipColours:
         """See ``ColourClassifier.classify``."""
         if not objects:
             return []
-        whole = Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+        whole = Image.fromarray(pixels_of(image))
         fit = self.towers.preprocessing
         cuts = [resized_crop(cut_out(whole, found, self.background, self.crop), fit.size) for found in objects]
         features: list[Tensor] = []
@@ -132,6 +134,20 @@ class ClipColours:
             features += normalize(self.towers.encode_image(pixels), dim=1)
         best = [int((self.class_features(o.label) @ f).argmax()) for o, f in zip(objects, features, strict=True)]
         return [self.colours[i] for i in best]
+
+
+def load_colours(spec: str | ColourClassifier = CLIP, device: str | torch.device = "cpu") -> ColourClassifier:
+    """A colour classifier by name: "module:attribute" for a plug-in (an object, or a class without arguments), any
+    other text is a hub id or folder of a CLIPModel with QuickGELU; a ColourClassifier is returned as it is.
+
+    Raises:
+        ValueError: the name leads nowhere.
+    """
+    if not isinstance(spec, str):
+        return spec
+    if ":" in spec:
+        return plug_in(spec, "colour classifier", "'module:attribute' with `colours` and `classify(image, objects)`")
+    return ClipColours(spec, device=device)
 
 
 def remembering(colours_of: ColoursOf, memory: dict[Detection, str]) -> ColoursOf:
@@ -154,13 +170,15 @@ class GenevalReward:
     Args:
         kind: "geneval-hf" (official decision, 0 or 1), "geneval-hf-strict" (0 or 1) or "geneval-hf-soft" (at most 1).
         detector: see ``detectors.load_detector``.
-        colours: hub id or folder of the CLIP model, or a ColourClassifier.
+        colours: see ``load_colours``.
         device: where both compute.
         flow_grpo_compat: the soft score as published, with its fault (see ``geneval.Options``).
         options: thresholds of ``geneval.Options``.
+        self_check: see ``detectors.load_detector``.
 
     Raises:
         ValueError: unknown kind or threshold, or a model that cannot be loaded.
+        RewardError: the detector failed its self-check.
     """
 
     def __init__(
@@ -172,21 +190,21 @@ class GenevalReward:
         device: str | torch.device = "cpu",
         flow_grpo_compat: bool = False,
         options: dict[str, float] | None = None,
+        self_check: bool = True,
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"got GenEval reward {kind!r}, expected one of {', '.join(KINDS)}. Use one of these.")
         self.kind = kind
         try:
             self.options = Options(flow_grpo_compat=flow_grpo_compat, **(options or {}))  # type: ignore[arg-type]
         except TypeError as error:
             raise ValueError(f"got options {options}, expected fields of geneval.Options ({error}).") from error
-        self.detector = load_detector(detector, device)
-        self.colours = ClipColours(colours, device=device) if isinstance(colours, str) else colours
+        ends = range_of(kind, KINDS, self.options)
+        self.detector = load_detector(detector, device, self_check)
+        self.colours = load_colours(colours, device)
         versions = [getattr(part, "version", type(part).__name__) for part in (self.detector, self.colours)]
         self.spec = RewardSpec(
             name=kind,
             version=f"1, {' + '.join(versions)}, {self.options}",
-            range=(1.0 - self.options.max_objects, 1.0) if kind.endswith("soft") else (0.0, 1.0),
+            range=ends,
             licence="see the model cards of the detector and CLIP",
             preprocessing=f"8-bit; detector: {getattr(self.detector, 'preprocessing', 'its own')}; colours: Pillow "
             "bicubic and centre crop to CLIP's size",

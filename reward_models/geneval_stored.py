@@ -19,7 +19,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .geneval import Detection, Judgement, Options, image_and_prompt_shares, judge, record, result_of
+from .geneval import (
+    Detection,
+    Judgement,
+    Options,
+    check_metadata,
+    image_and_prompt_shares,
+    judge,
+    range_of,
+    record,
+    result_of,
+)
 from .protocol import Metadata, RewardResult, RewardSpec
 
 KINDS = ("geneval-stored", "geneval-stored-strict", "geneval-stored-soft")
@@ -114,8 +124,8 @@ def judge_row(row: Mapping[str, Any], options: Options = OFFICIAL) -> Judgement 
         ValueError: the row has another form.
     """
     metadata, detections, seen = unpacked(row)
-    if not isinstance(metadata.get("tag"), str) or not metadata.get("include"):
-        return "the stored metadata has no GenEval 'tag' and 'include'"
+    if fault := check_metadata(metadata):
+        return fault
 
     def colours_of(objects: Sequence[Detection]) -> list[str]:
         if seen is None or any(found not in seen for found in objects):
@@ -195,13 +205,11 @@ class GenevalStoredReward:
     """
 
     def __init__(self, kind: str = "geneval-stored", flow_grpo_compat: bool = False) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"got GenEval reward {kind!r}, expected one of {', '.join(KINDS)}. Use one of these.")
         self.kind, self.options = kind, Options(flow_grpo_compat=flow_grpo_compat)
         self.spec = RewardSpec(
             name=kind,
             version="1-compat" if flow_grpo_compat else "1",
-            range=(1.0 - self.options.max_objects, 1.0) if kind.endswith("soft") else (0.0, 1.0),
+            range=range_of(kind, KINDS, self.options),
             licence="Apache-2.0",
             preprocessing="none: detections come with the metadata",
         )

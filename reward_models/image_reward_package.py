@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import torchvision_ops
-from .protocol import Metadata, RewardResult, RewardSpec
+from .protocol import Metadata, RewardResult, RewardSpec, pixels_of
 
 
 class ImageRewardPackage:
@@ -53,10 +53,6 @@ class ImageRewardPackage:
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
     ) -> RewardResult:
         """See ``Reward.score``."""
-        pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().contiguous()
-        values = []
-        for prompt, image in zip(prompts, pixels, strict=True):
-            height, width, _ = image.shape
-            picture = Image.frombytes("RGB", (width, height), image.numpy().tobytes())
-            values.append(float(self.model.score(prompt, picture)))
-        return RewardResult(torch.tensor(values))
+        pictures = (Image.fromarray(pixels_of(image)) for image in images)
+        pairs = zip(prompts, pictures, strict=True)
+        return RewardResult(torch.tensor([float(self.model.score(prompt, picture)) for prompt, picture in pairs]))

@@ -78,7 +78,10 @@ def parse_layout(metadata: Metadata, classes: Sequence[str]) -> list[Planned] | 
     planned: list[Planned] = []
     for entry in entries:
         match entry:
-            case {"class": str(label), "box": [x1, y1, x2, y2]}:
+            case {
+                "class": str(label),
+                "box": [int() | float() as x1, int() | float() as y1, int() | float() as x2, int() | float() as y2],
+            }:
                 box = (float(x1), float(y1), float(x2), float(y2))
             case _:
                 return f"layout entry {entry!r} needs a 'class' and a 'box' of four numbers"
@@ -110,9 +113,11 @@ class LayoutReward:
         device: where it computes.
         threshold: detections count if their score is greater.
         count_extra: whether superfluous objects of the planned classes lower the value.
+        self_check: see ``detectors.load_detector``.
 
     Raises:
         ValueError: the detector cannot be loaded.
+        RewardError: the detector failed its self-check.
     """
 
     def __init__(
@@ -122,8 +127,9 @@ class LayoutReward:
         device: str | torch.device = "cpu",
         threshold: float = 0.3,
         count_extra: bool = True,
+        self_check: bool = True,
     ) -> None:
-        self.detector = load_detector(detector, device)
+        self.detector = load_detector(detector, device, self_check)
         self.threshold, self.count_extra = threshold, count_extra
         self.spec = RewardSpec(
             name="layout-iou",

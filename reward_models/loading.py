@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import recipe
-from .protocol import Metadata, Reward, RewardError, RewardResult, RewardSpec, as_result
+from .protocol import Metadata, Reward, RewardError, RewardResult, RewardSpec, as_result, preflight
 
 # name -> (what it is, class, fixed arguments); classes are imported on use, as some need heavy libraries
 BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -53,6 +53,11 @@ BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "geneval-stored": ("GenEval from detections in the metadata", "geneval_stored:GenevalStoredReward", {}),
     "layout-iou": ("how well detected boxes meet the layout of the metadata, 0 to 1", "layout:LayoutReward", {}),
     "checklist": ("yes/no questions of the metadata, answered by BLIP-VQA, 0 to 1", "checklist:ChecklistReward", {}),
+    "t2i-compbench": (
+        "T2I-CompBench's rule for the prompt's category; give it a detector and an answerer",
+        "compbench_reward:CompBench",
+        {},
+    ),
     "validity": ("1 unless the image is blank, dark, flat or of the wrong size", "gates:ValidityReward", {}),
     "tiny-clip": ("cosine of image and prompt in the box's CLIP model", "clip_score:ClipScore", {"path": "tiny-clip"}),
     "trained": (
@@ -60,9 +65,13 @@ BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {
         "training.scorer:open_trained",
         {},
     ),
-    "clip": ("the same with any CLIPModel folder: {clip: {weight: 1, path: FOLDER}}", "clip_score:ClipScore", {}),
+    "clip": (
+        "cosine of image and prompt in any CLIPModel folder: {clip: {weight: 1, path: FOLDER}}",
+        "clip_score:ClipScore",
+        {},
+    ),
     "clip-score": (
-        "CLIPScore as published: 2.5 max(cosine, 0), CLIP ViT-B/32",
+        "CLIPScore: 2.5 max(cosine, 0), CLIP ViT-B/32",
         "clip_score:ClipScore",
         {
             "path": "openai/clip-vit-base-patch32",
@@ -184,11 +193,21 @@ def load(
 
     Raises:
         ValueError: unknown name (the nearest is suggested), import path that leads nowhere, bad options or weights.
-        RewardError: a user's module or class raised while it was being loaded.
+        RewardError: a user's module or class raised while it was being loaded, or a server that the reward needs does
+            not answer; in a mapping those are asked before anything else is loaded.
     """
-    if not isinstance(spec, str):
-        node = recipe.parse(spec, options)
-        return recipe.build(node, lambda named: load(named.name, device, **named.options), device)
+    if isinstance(spec, str):
+        reward = _load_named(spec, device, options)
+        preflight(reward)
+        return reward
+    from .elsewhere import ask_elsewhere
+
+    node = recipe.parse(spec, options)
+    ask_elsewhere(spec)
+    return recipe.build(node, lambda named: load(named.name, device, **named.options), device)
+
+
+def _load_named(spec: str, device: str | torch.device, options: dict[str, Any]) -> Reward:
     if spec.startswith(("http://", "https://")):
         from .remote import RemoteReward  # brings httpx
 
@@ -253,6 +272,7 @@ def _load_user(spec: str, device: str | torch.device, options: dict[str, Any]) -
         )
     if isinstance(target, Reward) and isinstance(target.spec, RewardSpec):
         return target
+    preflight(target)  # which the wrapper does not have
     return UserReward(spec, scorer, options)
 
 

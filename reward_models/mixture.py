@@ -92,8 +92,8 @@ class WeightedSum:
 class Parts(NamedTuple):
     """What several rewards said about N images.
 
-    results: by name. parts: their raw values under their names, and the parts inside them; where two differ under one
-    name, the second is called "reward/part". reasons: N, joined from those of the used rewards.
+    results: by name. parts: their raw values under their names, and the parts inside them; where two have one name, the
+    second is called "reward/part". reasons: N, joined from those of the used rewards.
     """
 
     results: dict[str, RewardResult]
@@ -116,8 +116,7 @@ def score_parts(
     for name, reward in rewards.items():
         result = results[name] = checked_score(reward, images, prompts, metadata, groups, all_missing="allow")
         for key, part in result.parts.items():
-            same = key in inner and torch.allclose(inner[key], part, rtol=0, atol=0, equal_nan=True)
-            inner[key if key not in inner or same else f"{name}/{key}"] = part
+            inner[f"{name}/{key}" if key in inner else key] = part
         if name in used:
             reasons = [
                 old if new is None else f"{name}: {new}" if old is None else f"{old}; {name}: {new}"
@@ -149,7 +148,7 @@ def combined_spec(
     scope = max((spec.scope for spec in specs.values()), key=SCOPES.index)
     return RewardSpec(
         name=name,
-        version=" + ".join(spec.version for spec in specs.values()),
+        version=" + ".join(s.version if key == s.name else f"{s.name} {s.version}" for key, s in specs.items()),
         scope=cast('Literal["point", "group", "set"]', scope),
         range=range,
         licence=", ".join(sorted({spec.licence for spec in specs.values()})),

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .protocol import Metadata, RewardResult, RewardSpec
+from .protocol import Metadata, RewardResult, RewardSpec, pixels_of
 from .torchvision_ops import optional
 
 MARKS = '"“”„‟'
@@ -199,7 +199,7 @@ class OcrReward:
 
     def read(self, image: Tensor) -> str:
         """The normalised text of one image, (3, H, W) in [0, 1]."""
-        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        pixels = pixels_of(image)
         pieces = self.reader(np.ascontiguousarray(pixels if self.compat else pixels[..., ::-1]))
         sure = [piece for piece in pieces if piece.confidence > self.min_confidence]
         ordered = sure if self.compat else reading_order(sure)

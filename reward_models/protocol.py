@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,6 +93,13 @@ class Reward(Protocol):
         ...
 
 
+def preflight(reward: object) -> None:
+    """Call ``preflight()`` of a reward, judge or listener that has one: it asks in seconds whether the server that it
+    needs is there, and raises RewardError if not. ``load`` does this for every reward that it builds."""
+    if callable(ask := getattr(reward, "preflight", None)):
+        ask()
+
+
 def to_8bit(images: Tensor) -> Tensor:
     """Put images on the grid of 8-bit values, ``round(255 clamp(x, 0, 1)) / 255``.
 
@@ -99,9 +107,16 @@ def to_8bit(images: Tensor) -> Tensor:
     even at halves, and applying it twice changes nothing.
 
     Args:
-        images: (N, 3, H, W) floats, meant to be in [0, 1].
+        images: (N, 3, H, W) floats, meant to be in [0, 1], or bytes (uint8), which are the grid itself.
     """
-    return (images.float().clamp(0, 1) * 255).round() / 255
+    if images.dtype == torch.uint8:
+        return images.float().div_(255)
+    return images.float().clamp(0, 1).mul_(255).round_().div_(255)  # one new tensor: a batch can be hundreds of MB
+
+
+def pixels_of(image: Tensor) -> np.ndarray:
+    """The 8-bit pixels (H, W, 3), red first, of one image (3, H, W) in [0, 1], as PIL and its like take them."""
+    return (image.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def checked_score(
@@ -119,7 +134,7 @@ def checked_score(
 
     Args:
         reward: see ``Reward``.
-        images: (N, 3, H, W) floats.
+        images: (N, 3, H, W), floats in [0, 1] or bytes (uint8) in 0..255; the type decides, not the values.
         prompts: N prompts.
         metadata: N dictionaries, or None for N empty ones.
         groups: (N,) group numbers or None.
@@ -154,6 +169,16 @@ def checked_score(
         )
     values = _checked_values(result.values, name, "values", prompts)
     parts = {part: _checked_values(v, name, f"part {part!r}", prompts) for part, v in result.parts.items()}
+    uncertainty, region_map = result.uncertainty, result.region_map
+    if uncertainty is not None:
+        uncertainty = _checked_values(uncertainty, name, "uncertainty", prompts)
+    if region_map is not None:
+        if region_map.ndim != 3 or len(region_map) != n:
+            raise RewardError(
+                f"reward {name!r}: region_map has shape {tuple(region_map.shape)}, expected ({n}, h, w): one for each "
+                "image."
+            )
+        region_map = region_map.detach().to("cpu", torch.float32)
     missing = values.isnan()
     reasons = [r or (f"{name} gave NaN" if m else None) for r, m in zip(reasons, missing.tolist(), strict=True)]
     if all_missing == "error" and n and bool(missing.all()):
@@ -162,16 +187,17 @@ def checked_score(
             f"reward {name!r} gave NaN for all {n} images, expected at least one score. Most common reason: {common}. "
             "Check that the reward fits these prompts and their metadata."
         )
-    return RewardResult(values, parts, reasons, result.uncertainty, result.region_map)
+    return RewardResult(values, parts, reasons, uncertainty, region_map)
 
 
 def _check_input(
     images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None, groups: Tensor | None
 ) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+    typed = images.is_floating_point() or images.dtype == torch.uint8
+    if images.ndim != 4 or images.shape[1] != 3 or not typed:
         raise ValueError(
-            f"got images of shape {tuple(images.shape)} and dtype {images.dtype}, expected floats of shape "
-            "(N, 3, H, W) in [0, 1]. Divide 8-bit images by 255 and move the channels to the second place."
+            f"got images of shape {tuple(images.shape)} and dtype {images.dtype}, expected shape (N, 3, H, W) and "
+            "floats in [0, 1] or uint8. Move the channels to the second place."
         )
     for what, given in (("prompts", prompts), ("metadata", metadata), ("groups", groups)):
         if given is not None and len(given) != len(images):
@@ -179,7 +205,10 @@ def _check_input(
                 f"got {len(given)} {what} for {len(images)} images, expected one each. Repeat a prompt's entry for "
                 "each of its images."
             )
-    finite = images.isfinite().flatten(1).all(1)
+    if not images.is_floating_point() or not images.numel():
+        return
+    low, high = images.detach().amin((1, 2, 3)), images.detach().amax((1, 2, 3))  # NaN is both; nothing is copied
+    finite = low.isfinite() & high.isfinite()
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
         raise ValueError(

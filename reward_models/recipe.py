@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 from .combine import RULES, Combined, Gate, Trust
+from .detectors import load_detector
+from .geneval import Detector
 from .mixture import WeightedSum
 from .protocol import Reward, RewardSpec
 from .regions import Hierarchy, Regional
@@ -45,7 +47,7 @@ SPECIAL: dict[str, Callable[..., Reward]] = {
     "regional": Regional,
 }
 COMBINATIONS = ("sum", *RULES, *SPECIAL)
-OURS = {"rewards", "weights", "reward", "rule", "update", "spec", "device"}  # parameters that no option may name
+OURS = {"rewards", "weights", "reward", "rule", "update", "spec"}  # parameters that no option may name
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def _combination(spec: Mapping[str, Any]) -> Combination:
     needed, known = LABELS.get(rule, (set(), set(of)))
     for label in [*(label for label in of if label not in known), *(label for label in needed if label not in of)]:
         raise ValueError(
-            f"got {sorted(of)} in combine: {rule}, expected {' and '.join(sorted(known))}.{_near(label, known)}"
+            f"got {sorted(map(str, of))} in combine: {rule}, expected {' and '.join(sorted(known))}."
+            f"{_near(label, known)}"
         )
     parts = {label: _entry(label, entry, weight=1.0, named=rule not in LABELS) for label, entry in of.items()}
     return Combination(rule, parts, options)
@@ -129,7 +132,7 @@ def _combination(spec: Mapping[str, Any]) -> Combination:
 
 def _transformation(spec: Mapping[str, Any]) -> Transformation:
     kind, known = spec["transform"], transforms()
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"got transform: {kind!r}, expected one of {', '.join(known)}.{_near(kind, known)}")
     options = _options(spec, f"transform: {kind}", "transform", known[kind])
     return Transformation(kind, parse(spec["of"]), options)
@@ -205,13 +208,18 @@ def build(node: Node, load: Callable[[Named], Reward], device: str | torch.devic
         node: what to build. load: makes a reward of a name and its options. device: where detectors compute.
 
     Raises:
-        ValueError: options or weights that do not fit; what ``load`` raises.
+        ValueError: options or weights that do not fit, no such detector; what ``load`` raises.
     """
+    return _build(node, load, lambda detector: load_detector(detector, device))
+
+
+def _build(node: Node, load: Callable[[Named], Reward], find: Callable[[str | Detector], Detector]) -> Reward:
+    """See ``build``. find: makes a detector of its name."""
     if isinstance(node, Named):
         return load(node)
     if isinstance(node, Transformation):
-        return transforms()[node.kind](build(node.of, load, device), **node.options)
-    rewards = {label: build(part, load, device) for label, (part, _) in node.parts.items()}
+        return transforms()[node.kind](_build(node.of, load, find), **node.options)
+    rewards = {label: _build(part, load, find) for label, (part, _) in node.parts.items()}
     weights = {label: weight for label, (_, weight) in node.parts.items()}
     if node.rule == "sum":
         return WeightedSum(rewards, weights)
@@ -219,9 +227,10 @@ def build(node: Node, load: Callable[[Named], Reward], device: str | torch.devic
         raise ValueError(f"got only zero weights for {sorted(weights)}, expected at least one other. Set a weight.")
     if node.rule in RULES:
         return Combined(rewards, weights, node.rule)
-    target = SPECIAL[node.rule]
-    where = {"device": device} if "device" in inspect.signature(target).parameters else {}
-    return target(rewards, weights, **where, **node.options)
+    options = dict(node.options)
+    if options.get("detector") is not None:
+        options["detector"] = find(options["detector"])
+    return SPECIAL[node.rule](rewards, weights, **options)
 
 
 def check(node: Node) -> None:
@@ -236,7 +245,7 @@ def check(node: Node) -> None:
     def stand_in(named: Named) -> Reward:
         return _StandIn(RewardSpec(named.name, range=(0.0, 1.0)))
 
-    build(node, stand_in)
+    _build(node, stand_in, lambda detector: _Blind() if isinstance(detector, str) else detector)
 
 
 @dataclass(frozen=True)
@@ -245,3 +254,10 @@ class _StandIn:
 
     def score(self, images: Any, prompts: Any, metadata: Any, groups: Any = None) -> Any:
         raise NotImplementedError("a stand-in scores nothing")
+
+
+class _Blind:
+    classes: tuple[str, ...] = ()
+
+    def detect(self, images: Any) -> Any:
+        raise NotImplementedError("a stand-in sees nothing")

@@ -28,12 +28,10 @@ class References:
     Attributes:
         by_prompt: prompt -> files; empty where the images belong to no prompt (a style, a domain).
         shared: files for any prompt that has none of its own.
-        missing: files that the manifest lists and that are not there.
     """
 
     by_prompt: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     shared: tuple[Path, ...] = ()
-    missing: tuple[Path, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -74,7 +72,7 @@ class References:
             chosen = torch.randperm(len(files), generator=generator)[:count].sort().values
             return tuple(files[i] for i in chosen.tolist())
 
-        return References({p: some(f, p) for p, f in self.by_prompt.items()}, some(self.shared, ""), self.missing)
+        return References({p: some(f, p) for p, f in self.by_prompt.items()}, some(self.shared, ""))
 
 
 def seed_of(*parts: object) -> int:
@@ -83,20 +81,17 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
 
-def load_references(source: str | Path | References, *, missing: str = "error") -> References:
+def load_references(source: str | Path | References) -> References:
     """Read a folder (with its subfolders, sorted by path) or a manifest (in its own order).
 
     Args:
         source: folder, ``.json`` or ``.jsonl`` file; References are handed through.
-        missing: what files that are not there do: "error", or "skip" (they are listed in the result).
 
     Raises:
         ValueError: nothing there, a manifest of another form, or missing files (all are counted, the first are named).
     """
     if isinstance(source, References):
         return source
-    if missing not in ("error", "skip"):
-        raise ValueError(f"got missing={missing!r}, expected 'error' or 'skip'. Use one of these.")
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
@@ -107,18 +102,16 @@ def load_references(source: str | Path | References, *, missing: str = "error") 
         raise ValueError(f"got references {str(source)!r}, expected a folder, a .json or a .jsonl file. Correct it.")
     listed = {prompt: [path.parent / file for file in files] for prompt, files in _entries(path).items()}
     gone = tuple(dict.fromkeys(f for files in listed.values() for f in files if not f.is_file()))
-    if gone and missing == "error":
+    if gone:
         raise ValueError(
             f"got manifest {str(path)!r} with {len(gone)} files that are not there "
             f"({', '.join(str(f) for f in gone[:5])}{', ...' if len(gone) > 5 else ''}), expected all. "
-            "Correct the paths (they are relative to the manifest), or allow it with missing='skip'."
+            "Correct the paths, which are relative to the manifest, or take them out."
         )
-    absent = set(gone)
-    kept = {prompt: tuple(f for f in files if f not in absent) for prompt, files in listed.items()}
-    kept = {prompt: files for prompt, files in kept.items() if files}
+    kept = {prompt: tuple(files) for prompt, files in listed.items() if files}
     if not kept:
-        raise ValueError(f"got manifest {str(path)!r} that names no file that is there, expected some. Correct it.")
-    return References(kept, missing=gone)
+        raise ValueError(f"got manifest {str(path)!r} that names no files, expected some. Correct it.")
+    return References(kept)
 
 
 def _entries(path: Path) -> dict[str, list[str]]:

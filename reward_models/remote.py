@@ -32,6 +32,7 @@ TOKEN_VARIABLE = "FLOWRL_REWARD_TOKEN"
 TRY_AGAIN = frozenset({400, 408, 425, 429, 500, 502, 503, 504})  # 400: the body was damaged on its way
 PATIENCE_S = (5.0, 10.0)  # of the check at the start: to connect, to answer
 PAUSE_S = (0.1, 5.0)  # between tries: the first, and the longest
+LIMITS = ("timeout_s", "batch", "items", "body", "request_pixels")  # of a server, that its clients keep to
 GRACE_S = 5.0  # a client waits so much longer than the server, so that the server's word comes first
 
 
@@ -127,17 +128,15 @@ class RemoteReward:
             found = response.json()
             if response.status_code != 200 or found["protocol"] != wire.PROTOCOL:
                 raise ValueError(f"status {response.status_code}, protocol {found.get('protocol')!r}")
-            if (
-                not {"timeout_s", "batch", "items", "body", "request_pixels"} <= set(found["limits"])
-                or not found["rewards"]
-            ):
-                raise ValueError("no limits or no rewards")
+            limits = {what: float(found["limits"][what]) for what in LIMITS}
+            if not found["rewards"] or not min(limits.values()) > 0:
+                raise ValueError("no rewards, or limits that are not positive")
+            return {"rewards": dict(found["rewards"]), "limits": limits}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RewardError(
                 f"got something from {self.url} that is no reward server of protocol {wire.PROTOCOL} ({error}), "
                 f"expected one. {start} of the same version, or correct the url."
             ) from error
-        return dict(found)
 
     def _chosen(self, health: dict[str, Any]) -> tuple[str, RewardSpec]:
         names = list(health["rewards"])
@@ -166,17 +165,16 @@ class RemoteReward:
             return RewardResult(torch.zeros(0))
         for i, entry in enumerate(metadata):
             wire.check_metadata(dict(entry), f"metadata {i}")
-        pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-        rows: list[dict[str, Any]] = [
-            {"prompt": prompt, "metadata": dict(entry)} for prompt, entry in zip(prompts, metadata, strict=True)
+        numbers = None if groups is None or self.spec.scope == "point" else [int(number) for number in groups]
+        rows = [
+            wire.to_json({"prompt": prompt, "metadata": dict(entry)} | ({"group": numbers[i]} if numbers else {}))
+            for i, (prompt, entry) in enumerate(zip(prompts, metadata, strict=True))
         ]
-        if groups is not None and self.spec.scope != "point":
-            rows = [row | {"group": int(group)} for row, group in zip(rows, groups, strict=True)]
-        requests = self._requests(rows, pixels, groups)
+        requests = self._requests(rows, images.shape[-2], images.shape[-1], numbers)
         progress = _Progress(time.monotonic(), threading.Event())
 
         def one(index: Sequence[int]) -> tuple[Sequence[int], RewardResult]:
-            return index, self._request(pixels[list(index)], [rows[i] for i in index], progress)
+            return index, self._request([images[i] for i in index], [rows[i] for i in index], progress)
 
         with ThreadPoolExecutor(min(self.parallel, len(requests)), "reward client") as pool:
             try:
@@ -186,7 +184,9 @@ class RemoteReward:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _requests(self, rows: Sequence[dict[str, Any]], pixels: Tensor, groups: Tensor | None) -> list[list[int]]:
+    def _requests(
+        self, rows: Sequence[bytes], height: int, width: int, groups: Sequence[int] | None
+    ) -> list[list[int]]:
         """Numbers of the images of each request: as many as allowed, but never part of a group (set)."""
         everything = list(range(len(rows)))
         if self.spec.scope == "point":
@@ -194,26 +194,22 @@ class RemoteReward:
         elif self.spec.scope == "set" or groups is None:
             units = [everything]
         else:
-            numbers = groups.tolist()
-            members: dict[int, list[int]] = {number: [] for number in numbers}
-            for i, number in enumerate(numbers):
+            members: dict[int, list[int]] = {number: [] for number in groups}
+            for i, number in enumerate(groups):
                 members[number].append(i)
             units = list(members.values())
-        area = pixels.shape[-1] * pixels.shape[-2]
         room = {"items": self.limits["items"], "request_pixels": self.limits["request_pixels"]} | {
             "body": self.limits["body"] - 1000
         }
         requests: list[list[int]] = []
         used: dict[str, int] = {}
         for unit in units:
-            # a PNG is never much longer than its pixels; base64 makes four bytes of three
-            texts = sum(len(wire.to_json(rows[i])) for i in unit)
-            need = {"items": len(unit), "request_pixels": area * len(unit)}
-            need["body"] = texts + len(unit) * (int(1.35 * 3 * area) + 2000)
+            need = {"items": len(unit), "request_pixels": height * width * len(unit)}
+            need["body"] = sum(len(rows[i]) for i in unit) + len(unit) * wire.room(height, width)
             for limit, most in room.items():
                 if need[limit] > most:
                     raise ValueError(
-                        f"got {len(unit)} images of {tuple(pixels.shape[-2:])} that must be scored together, which "
+                        f"got {len(unit)} images of {height, width} that must be scored together, which "
                         f"exceeds the {limit} of a request to {self.url} ({need[limit]} of {most:.0f}). Start the "
                         "server with a higher limit."
                     )
@@ -226,14 +222,12 @@ class RemoteReward:
                 used = need
         return requests
 
-    def _request(self, pixels: Tensor, rows: list[dict[str, Any]], progress: _Progress) -> RewardResult:
+    def _request(self, images: Sequence[Tensor], rows: Sequence[bytes], progress: _Progress) -> RewardResult:
         """One request, tried until it is answered, refused, or given up."""
         name = uuid.uuid4().hex  # the server answers a repeated request without scoring it again
-        items = [
-            row | {"image": wire.base64_of(wire.encode_png(image))} for row, image in zip(rows, pixels, strict=True)
-        ]
-        body = wire.to_json({"reward": self.name, "id": name, "items": items})
-        del items
+        body = wire.request(self.name, name, rows, images)
+        head = {"content-type": "application/json", "content-length": str(sum(map(len, body)))}
+        head[wire.DIGEST] = wire.digest(*body)
         begun, tries, pause, last = time.monotonic(), 0, PAUSE_S[0], "never tried"
         while not progress.stop.is_set():
             left = min(begun, progress.answered) + self.deadline - time.monotonic()
@@ -241,7 +235,7 @@ class RemoteReward:
                 break
             tries += 1
             try:
-                result = self._attempt(body, name, len(rows), min(self.timeout, left), progress)
+                result = self._attempt(body, head, name, len(rows), min(self.timeout, left), progress)
             except _Refused as error:
                 return wire.missing(len(rows), f"{self.url} refused the request: {error}")
             except _Again as error:
@@ -256,13 +250,14 @@ class RemoteReward:
             len(rows), f"{self.url} gave no score within {self.deadline:g} s ({tries} tries; the last: {last})"
         )
 
-    def _attempt(self, body: bytes, name: str, n: int, seconds: float, progress: _Progress) -> RewardResult:
+    def _attempt(
+        self, body: list[bytes], head: dict[str, str], name: str, n: int, seconds: float, progress: _Progress
+    ) -> RewardResult:
         until = time.monotonic() + seconds
-        headers = {"content-type": "application/json", wire.DIGEST: wire.digest(body)}
         answer = bytearray()
         try:
             with self._http.stream(
-                "POST", f"{self.url}/score", content=body, headers=headers, timeout=seconds
+                "POST", f"{self.url}/score", content=body, headers=head, timeout=seconds
             ) as response:
                 for chunk in response.iter_raw():
                     answer += chunk

@@ -29,15 +29,18 @@ from .protocol import Reward
 from .service import Limits, Refusal, Service
 
 try:
+    import h11
     import uvicorn
     from fastapi import Depends, FastAPI, Request, Response
     from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ValueError(
         f"got no module {error.name!r}, expected the packages of the reward server. pip install 'flowrl[serve]'"
     ) from error
 
 SHORTEST_TOKEN = 16
+HEAD_S = 15.0  # for the head of a request, which comes before the token can be asked for
 
 
 def create_app(
@@ -70,7 +73,7 @@ def create_app(
     service = Service(rewards, limits or Limits(), batch, wait_s)
     expected = None if token is None else f"Bearer {token}".encode()
 
-    def authorised(request: Request) -> None:
+    async def authorised(request: Request) -> None:  # no thread is spent on strangers
         given = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
         if expected is not None and not hmac.compare_digest(given, expected):
             raise Refusal(401, "got no valid token, expected the header Authorization: Bearer TOKEN")
@@ -150,10 +153,25 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class _Impatient(H11Protocol):
+    """HTTP that hangs up where a request's head does not come, so that strangers cannot use up all connections."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def _watch(self, last: tuple[bool, Any] | None = None) -> None:
+        found = self.conn.their_state is h11.IDLE, self.cycle  # waits for a head; the request before
+        if found[0] and found == last:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(HEAD_S, self._watch, found)
+
+
 def _server(app: Any, limits: Limits) -> uvicorn.Server:
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, ws="none",
-        timeout_graceful_shutdown=round(limits.timeout_s) + 1,
+        app, http=_Impatient, ws="none", log_level="warning", access_log=False, server_header=False,
+        proxy_headers=False, timeout_graceful_shutdown=round(limits.timeout_s) + 1,
     )  # fmt: skip
     return uvicorn.Server(config)
 

@@ -38,6 +38,7 @@ class Limits:
         request_pixels: pixels of all images of a request together.
         prompt: characters of a prompt.
         queue: images that wait for a reward.
+        entries: commas and opening brackets of a request, which bound the objects that its JSON is read into.
         memory: bytes of all requests that are being read, unpacked or waiting; pixels count three bytes.
         timeout_s: how long a request may take to arrive, and then to be scored.
         remembered: bytes of past answers that are kept for requests that are repeated.
@@ -48,6 +49,7 @@ class Limits:
     image_pixels: int = 2**24
     request_pixels: int = 2**26
     prompt: int = 20_000
+    entries: int = 2**20
     queue: int = 2048
     memory: int = 2**31
     timeout_s: float = 120.0
@@ -107,7 +109,7 @@ class Budget:
 
 
 class Pending:
-    """A request that is worked on or was answered lately; `job` is None until its images are unpacked."""
+    """A request that is worked on or was answered lately; `job` is what waits to be scored, None before and after."""
 
     task: asyncio.Task[bytes]
     job: Job | None = None
@@ -167,13 +169,14 @@ class Service:
         if int(length) > self.limits.body:
             raise Refusal(413, f"got {length} bytes, expected at most {self.limits.body}. Send fewer images at a time")
         with self.budget.hold(int(length)):
-            body = await self._body(stream)
-            digest = wire.digest(body)
+            body = await self._body(stream, int(length))
+            digest = await asyncio.to_thread(wire.digest, body)
             if headers.get(wire.DIGEST, digest) != digest:
                 raise Refusal(
                     400, "got a body that does not fit its Content-Digest, expected it undamaged. Send it again"
                 )
             call = await asyncio.to_thread(self._parsed, body)
+            del body
             key = None if call.id is None else (call.id, digest)
             pending = self._pending.get(key) if key else None
             if pending is None or _failed(pending.task):
@@ -192,17 +195,22 @@ class Service:
             except RewardError as error:
                 raise Refusal(500, f"the reward broke ({error})", 1.0) from error
 
-    async def _body(self, stream: AsyncIterator[bytes]) -> bytes:
+    async def _body(self, stream: AsyncIterator[bytes], length: int) -> bytearray:
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.timeout_s):
                 async for chunk in stream:
                     body += chunk
+                    if len(body) > length:  # sent in chunks besides, which take precedence in HTTP
+                        raise Refusal(400, f"got more than the {length} bytes of its Content-Length, expected no more")
         except TimeoutError as error:
             raise Refusal(408, f"got no whole body within {self.limits.timeout_s:g} s. Send it faster") from error
-        return bytes(body)
+        return body
 
-    def _parsed(self, body: bytes) -> Call:
+    def _parsed(self, body: bytearray) -> Call:
+        entries = sum(body.count(mark) for mark in (b",", b"[", b"{"))
+        if entries > self.limits.entries:
+            raise Refusal(413, f"got JSON of {entries} entries, expected at most {self.limits.entries}. Send fewer")
         try:
             call = Call.model_validate_json(body)
         except ValidationError as error:
@@ -232,8 +240,8 @@ class Service:
         batcher, n = self.batchers[call.reward], len(call.items)
         files, reasons, pixels = await asyncio.to_thread(self._headers, call.items)
         with self.budget.hold(3 * pixels):
-            images = await asyncio.to_thread(_decoded, files, reasons)
-            good = self._scorable(call.items, reasons, batcher.reward.spec.scope)
+            good, images = await asyncio.to_thread(_unpacked, files, reasons, call.items, batcher.reward.spec.scope)
+            del files
             pieces: list[tuple[Sequence[int], RewardResult]] = [
                 ([i], wire.missing(1, str(reason))) for i, reason in enumerate(reasons) if reason is not None
             ]
@@ -241,16 +249,16 @@ class Service:
                 chosen = [call.items[i] for i in good]
                 groups = [item.group for item in chosen]
                 pending.job = job = Job(
-                    torch.stack([images[i] for i in good]), [item.prompt for item in chosen],
-                    [item.metadata for item in chosen],
+                    images, [item.prompt for item in chosen], [item.metadata for item in chosen],
                     None if groups[0] is None else torch.tensor(groups, dtype=torch.long), self._expiry(),
                 )  # fmt: skip
-                del images
                 try:
                     batcher.submit(job)
+                    pieces.append((good, await asyncio.wrap_future(job.future)))
                 except QueueFull as full:
                     raise Refusal(503, f"too many images wait; {full}", full.retry_s) from full
-                pieces.append((good, await asyncio.wrap_future(job.future)))
+                finally:
+                    pending.job = None  # the answer is kept for who asks again, its pixels are not
         spec = batcher.reward.spec
         head = {"protocol": wire.PROTOCOL, "id": call.id, "name": spec.name, "version": spec.version}
         return wire.to_json(head | wire.result_to_json(wire.join(n, pieces)))
@@ -265,7 +273,7 @@ class Service:
             files.append(b"")
             reasons.append(None)
             try:
-                files[-1] = wire.from_base64(item.image)
+                files[-1], item.image = wire.from_base64(item.image), ""  # one of them is enough to keep
                 width, height = wire.png_size(files[-1])
                 if width * height > self.limits.image_pixels:
                     raise ValueError(
@@ -284,15 +292,6 @@ class Service:
                 413, f"got {pixels} pixels, expected at most {self.limits.request_pixels}. Send fewer images at a time"
             )
         return files, reasons, pixels
-
-    def _scorable(self, items: Sequence[Item], reasons: list[str | None], scope: str) -> list[int]:
-        """Numbers of the items to score. A group (set) with a lost image is another one, so all of it is missing."""
-        lost = {items[i].group for i, reason in enumerate(reasons) if reason is not None}
-        if scope != "point" and lost:
-            for i, item in enumerate(items):
-                if scope == "set" or item.group in lost:
-                    reasons[i] = reasons[i] or "another image of its group was refused"
-        return [i for i, reason in enumerate(reasons) if reason is None]
 
     def _begin(self, call: Call, key: tuple[str, str] | None) -> Pending:
         """Start to work on a request, and forget the oldest answers if they are too many."""
@@ -358,14 +357,21 @@ def _escaped(label: str) -> str:
     return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def _decoded(files: Sequence[bytes], reasons: list[str | None]) -> list[Tensor]:
-    """(3, H, W) uint8 of each file; where one is broken, its reason is written down."""
-    images: list[Tensor] = []
+def _unpacked(
+    files: Sequence[bytes], reasons: list[str | None], items: Sequence[Item], scope: str
+) -> tuple[list[int], Tensor]:
+    """Numbers of the images to score and their pixels, (N, 3, H, W) uint8; writes down why the others are not."""
+    images: dict[int, Tensor] = {}
     for i, data in enumerate(files):
-        images.append(torch.empty(0))
         if reasons[i] is None:
             try:
-                images[-1] = wire.decode_png(data)
+                images[i] = wire.decode_png(data)
             except ValueError as error:
                 reasons[i] = f"image refused: {error}"
-    return images
+    lost = {items[i].group for i, reason in enumerate(reasons) if reason is not None}
+    if scope != "point" and lost:  # a group (set) with a lost image is another one, so all of it is missing
+        for i, item in enumerate(items):
+            if scope == "set" or item.group in lost:
+                reasons[i] = reasons[i] or "another image of its group was refused"
+    good = [i for i, reason in enumerate(reasons) if reason is None]
+    return good, torch.stack([images[i] for i in good]) if good else torch.empty(0)

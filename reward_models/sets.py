@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .combine import group_index
 from .distributions import KERNELS, Frechet, Gaussian, Mmd, Statistic, Vendi, greedy_swap
 from .exemplar import file_hashes, read_texts, text_features
 from .features import ImageFeatures, load_features
@@ -95,6 +96,8 @@ class SetReward:
             self._gaussian = Gaussian.of(self._exemplars(files, sentences))
         elif statistic == "kid":
             self._reference = torch.cat(list(self._exemplars(files, sentences)))
+            if len(self._reference) < 2:
+                raise ValueError("got one reference for a kernel distance, expected at least 2. Add references.")
         exemplars = hashlib.sha256(repr((file_hashes(files), sentences)).encode()).hexdigest()[:12]
         self.spec = RewardSpec(
             name=f"{statistic}-{self.backbone.name}",
@@ -133,17 +136,17 @@ class SetReward:
 
         Parts: "set_value", the value of the set an image is in, and "credit"."""
         if not len(images):
-            return RewardResult(torch.zeros(0))
+            none = torch.zeros(0)
+            return RewardResult(none, {} if self.scope == "image" else {"set_value": none, "credit": none})
         x = self._vectors(images)
         if self.scope == "image":
             own = [self._prepared(v.reshape(-1, v.shape[-1])).value() for v in x]
             return RewardResult(-torch.tensor(own, dtype=torch.float64).float())
-        names = prompts if groups is None else groups.tolist()
-        numbers = torch.tensor([list(dict.fromkeys(names)).index(name) for name in names])
+        numbers = group_index(groups, prompts)
         values, credit, totals = (torch.full((len(images),), torch.nan, dtype=torch.float64) for _ in range(3))
         reasons: list[str | None] = [None] * len(images)
         sets = [torch.arange(len(images))] if self.scope == "set" else [
-            (numbers == number).nonzero().flatten() for number in range(int(numbers.max()) + 1)
+            (numbers == number).nonzero().flatten() for number in numbers.unique()
         ]  # fmt: skip
         for index in sets:
             share = self._share(x[index.to(x.device)], numbers[index])

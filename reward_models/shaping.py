@@ -8,6 +8,8 @@
 
 The raw value stays in ``parts`` under the name of the reward that was shaped.
 
+With a gradient where the shaped reward has one: scale, par, repeat, and threshold with keep (a bare threshold is flat).
+
 Deviations. PAR's references are rewards of samples of the base model for the same prompt; with ``centre: group`` the
 mean of the group stands in for them, which needs no such samples and moves with the policy. Ctrl-U divides a loss by
 exp(u); here exp(-u) multiplies an image's distance from the (weighted) mean of its group, so that the advantage of the
@@ -17,6 +19,7 @@ discrepancy of two passes |a - b| is sqrt 2 times the ``uncertainty`` of ``repea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -29,9 +32,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .combine import group_index
-from .mixture import combined_spec
-from .protocol import Metadata, Reward, RewardError, RewardResult, RewardSpec, checked_score
+from .combine import check_numbers, check_whole_numbers, group_index, settings
+from .mixture import combined_spec, with_gradient
+from .protocol import Metadata, Reward, RewardError, RewardResult, RewardSpec, checked_score, to_8bit
 from .schedule import Schedule, at
 
 # --- mathematics ------------------------------------------------------------------------------------------------------
@@ -45,18 +48,20 @@ def threshold(values: Tensor, least: float, keep: bool = False) -> Tensor:
 
 def par(values: Tensor, references: Tensor, temperature: float = 1.0) -> Tensor:
     """``mean_m sigmoid((r - r_ref^m) / temperature)``: (N,), (N, M) -> (N,) in (0, 1); NaN references are left out."""
-    return torch.sigmoid((values[:, None] - references) / temperature).nanmean(1)
+    known = ~references.isnan()
+    chances = torch.sigmoid((values[:, None] - references.nan_to_num()) / temperature)
+    mean = (chances * known).sum(1) / known.sum(1).clamp_min(1)  # nanmean would have a NaN for a gradient
+    return mean.where(known.any(1), math.nan)
 
 
 def group_mean(values: Tensor, groups: Tensor, weights: Tensor | None = None) -> Tensor:
     """(Weighted) mean of each image's group without NaN: (N,), (N,) integers -> (N,); NaN where nothing is left."""
     w = torch.ones_like(values) if weights is None else weights
     known = ~(values.isnan() | w.isnan())
-    _, index = groups.unique(return_inverse=True)
-    total, count = torch.zeros(2, int(index.max()) + 1 if len(index) else 0, dtype=values.dtype)
-    total.index_add_(0, index[known], (w * values)[known])
-    count.index_add_(0, index[known], w[known])
-    return (total / count)[index]
+    _, index = groups.to(values.device).unique(return_inverse=True)
+    none = values.new_zeros(int(index.max()) + 1 if len(index) else 0)
+    total = none.index_add(0, index[known], (w * values)[known])
+    return (total / none.index_add(0, index[known], w[known]))[index]
 
 
 def certainty(values: Tensor, uncertainty: Tensor, groups: Tensor, strength: float) -> Tensor:
@@ -88,16 +93,18 @@ class Scale:
     spec: RewardSpec = field(init=False)
 
     def __post_init__(self) -> None:
-        _check_numbers(subtract=self.subtract, divide=self.divide, low=self.low, high=self.high)
+        ends = {name: end for name, end in (("low", self.low), ("high", self.high)) if end not in (-math.inf, math.inf)}
+        check_numbers(subtract=self.subtract, divide=self.divide, **ends)
         if self.divide == 0 or self.low > self.high:
             raise ValueError(
                 f"got scale with divide: {self.divide}, low: {self.low}, high: {self.high}, expected a divisor other "
                 "than 0 and low <= high. Correct them."
             )
         old = self.reward.spec
-        ends = sorted(min(max((end - self.subtract) / self.divide, self.low), self.high) for end in old.range)
-        spec = _spec(self.reward, f"({old.name} - {self.subtract:g}) / {self.divide:g}", (ends[0], ends[1]))
-        object.__setattr__(self, "spec", replace(spec, higher_is_better=old.higher_is_better == (self.divide > 0)))
+        low, high = sorted(min(max((end - self.subtract) / self.divide, self.low), self.high) for end in old.range)
+        spec = _spec(self, f"({old.name} - {self.subtract:g}) / {self.divide:g}", (low, high))
+        better = old.higher_is_better == (self.divide > 0)
+        object.__setattr__(self, "spec", replace(spec, higher_is_better=better, differentiable=old.differentiable))
 
     def at(self, update: int | None) -> Scale:
         """See ``schedule.at``."""
@@ -108,9 +115,16 @@ class Scale:
     ) -> RewardResult:
         """See ``Reward.score``."""
         result = _ask(self.reward, images, prompts, metadata, groups)
-        values = ((result.values.double() - self.subtract) / self.divide).clamp(self.low, self.high)
         uncertainty = None if result.uncertainty is None else result.uncertainty / abs(self.divide)
-        return replace(_shaped(self.reward, result, values), uncertainty=uncertainty)
+        shaped = _shaped(self.reward, result, self._shape(result.values.double()))
+        return replace(shaped, uncertainty=uncertainty)
+
+    def differentiable(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The value with a gradient, 0 where it is cut off: (N, 3, H, W), N prompts -> (N,)."""
+        return self._shape(_with_gradient(self.reward, images, prompts)).float()
+
+    def _shape(self, values: Tensor) -> Tensor:
+        return ((values - self.subtract) / self.divide).clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,8 @@ class Threshold:
             )
         said = "->".join(f"{value:g}" for value in schedule.values)
         high = max(0.0, old.range[1]) if self.keep else 1.0
-        object.__setattr__(self, "spec", _spec(self.reward, f"{old.name} >= {said}", (0.0, high)))
+        spec = _spec(self, f"{old.name} >= {said}", (0.0, high))
+        object.__setattr__(self, "spec", replace(spec, differentiable=self.keep and old.differentiable))
 
     def at(self, update: int | None) -> Threshold:
         """See ``schedule.at``."""
@@ -153,8 +168,23 @@ class Threshold:
     ) -> RewardResult:
         """See ``Reward.score``."""
         result = _ask(self.reward, images, prompts, metadata, groups)
-        least = Schedule.read(self.least).at(self.update)
-        return _shaped(self.reward, result, threshold(result.values, least, self.keep))
+        return _shaped(self.reward, result, self._shape(result.values))
+
+    def differentiable(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The value with a gradient, 0 where it fails: (N, 3, H, W), N prompts -> (N,).
+
+        Raises:
+            ValueError: without ``keep``.
+        """
+        if not self.keep:
+            raise ValueError(
+                f"got {self.spec.name!r} to be differentiated, which is flat, expected a threshold with keep. Add "
+                "keep: true, or use par."
+            )
+        return self._shape(_with_gradient(self.reward, images, prompts).float())
+
+    def _shape(self, values: Tensor) -> Tensor:
+        return threshold(values, Schedule.read(self.least).at(self.update), self.keep)
 
 
 @dataclass(frozen=True)
@@ -164,7 +194,7 @@ class Par:
     Args:
         reward: of which more is better.
         centre: a number; or "group": the mean of the image's group. One of ``centre`` and ``references``.
-        references: JSON lines with "prompt" and "score", such as `flowrl score` writes for samples of the base model;
+        references: the JSON lines that `flowrl score` writes for samples of the base model, see ``read_references``;
             an image whose prompt is not in there is missing. One sample per prompt is enough.
         temperature: of the sigmoid, in units of the reward.
 
@@ -179,7 +209,7 @@ class Par:
     spec: RewardSpec = field(init=False)
 
     def __post_init__(self) -> None:
-        _check_numbers(temperature=self.temperature)
+        check_numbers(temperature=self.temperature)
         number = isinstance(self.centre, int | float) and not isinstance(self.centre, bool)
         if (self.centre is None) == (self.references is None) or not (self.centre in (None, "group") or number):
             raise ValueError(
@@ -191,12 +221,15 @@ class Par:
                 f"got par of {self.reward.spec.name!r} with temperature {self.temperature}, expected a reward of which "
                 "more is better and a temperature above 0. Turn a cost round with {transform: scale, divide: -1}."
             )
+        said: Any = self.centre
+        digest: str | None = None
         if self.references is not None:
-            read_references(self.references)
-        said = self.centre if self.references is None else Path(self.references).name
-        spec = _spec(self.reward, f"par({self.reward.spec.name}; {said})", (0.0, 1.0))
+            said, content = Path(self.references).name, repr(read_references(self.references, self.reward.spec.name))
+            digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        spec = _spec(self, f"par({self.reward.spec.name}; {said})", (0.0, 1.0), references=digest)
         wide = "group" if self.centre == "group" and spec.scope == "point" else spec.scope
-        object.__setattr__(self, "spec", replace(spec, scope=wide))
+        smooth = self.reward.spec.differentiable
+        object.__setattr__(self, "spec", replace(spec, scope=wide, differentiable=smooth))
 
     def at(self, update: int | None) -> Par:
         """See ``schedule.at``."""
@@ -207,29 +240,43 @@ class Par:
     ) -> RewardResult:
         """See ``Reward.score``."""
         result = _ask(self.reward, images, prompts, metadata, groups)
-        values, without = result.values.double(), [False] * len(images)
+        shaped = _shaped(self.reward, result, self._shape(result.values.double(), prompts, groups))
         if self.references is not None:
-            table = read_references(self.references)
-            rows = [table.get(prompt, ()) for prompt in prompts]
-            without = [not row for row in rows]
-            most = max(map(len, rows), default=1) or 1
-            centre = torch.tensor([[*row, *[math.nan] * (most - len(row))] for row in rows], dtype=torch.float64)
+            said, table = f"{self.references} holds no score for this prompt", self._table()
+            shaped.reasons = [
+                old if table.get(prompt) else said for prompt, old in zip(prompts, shaped.reasons, strict=True)
+            ]
+        return shaped
+
+    def differentiable(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The value with a gradient, images of equal prompts being a group: (N, 3, H, W), N prompts -> (N,)."""
+        return self._shape(_with_gradient(self.reward, images, prompts), prompts, None).float()
+
+    def _shape(self, values: Tensor, prompts: list[str], groups: Tensor | None) -> Tensor:
+        """PAR of (N,) float64 rewards."""
+        if self.references is not None:
+            rows = [self._table().get(prompt, ()) for prompt in prompts]
+            most = max(map(len, rows), default=0)
+            centre = values.new_tensor([[*row, *[math.nan] * (most - len(row))] for row in rows]).view(len(rows), most)
         elif self.centre == "group":
             centre = group_mean(values, group_index(groups, prompts))[:, None]
         else:
-            centre = torch.full((len(images), 1), float(self.centre or 0), dtype=torch.float64)
-        shaped = _shaped(self.reward, result, par(values, centre.reshape(len(images), -1), self.temperature))
-        said = f"{self.references} holds no score for this prompt"
-        shaped.reasons = [said if bare else old for bare, old in zip(without, shaped.reasons, strict=True)]
-        return shaped
+            centre = values.new_full((len(values), 1), float(self.centre or 0))
+        return par(values, centre, self.temperature)
+
+    def _table(self) -> dict[str, tuple[float, ...]]:
+        return read_references(str(self.references), self.reward.spec.name)
 
 
 @lru_cache(maxsize=16)
-def read_references(path: str) -> dict[str, tuple[float, ...]]:
-    """Scores by prompt from JSON lines with "prompt" and "score" (null is left out).
+def read_references(path: str, name: str) -> dict[str, tuple[float, ...]]:
+    """Scores by prompt from JSON lines: those of `flowrl score`, or {"prompt": ..., "score": ...}; null is left out.
+
+    Args:
+        path: of the file. name: of the score, where its lines have several ("scores": {name: ...}).
 
     Raises:
-        ValueError: no such file, or a line that is something else.
+        ValueError: no such file, a line that is something else, or several scores and none of this name.
     """
     table: dict[str, tuple[float, ...]] = {}
     try:
@@ -243,14 +290,19 @@ def read_references(path: str) -> dict[str, tuple[float, ...]]:
             continue
         try:
             row = json.loads(line)
-            prompt, score = row["prompt"], row["score"]
-            if score is not None:
-                table[prompt] = (*table.get(prompt, ()), float(score))
+            prompt, scores = str(row["prompt"]), dict(row["scores"]) if "scores" in row else {"score": row["score"]}
+            known = {key: float(score) for key, score in scores.items() if score is not None}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"got {line[:80]!r} in line {number} of {path!r}, expected JSON with prompt and score ({error!r}). "
                 "Write it with `flowrl score`."
             ) from error
+        if len(scores) > 1 and name not in scores:
+            raise ValueError(
+                f"got scores of {', '.join(map(repr, scores))} in {path!r}, expected one, or {name!r} among them. "
+                "Score the images with this reward alone."
+            )
+        table[prompt] = (*table.get(prompt, ()), *(known[key] for key in known if len(scores) == 1 or key == name))
     return table
 
 
@@ -279,15 +331,17 @@ class Repeat:
     spec: RewardSpec = field(init=False)
 
     def __post_init__(self) -> None:
-        _check_numbers(passes=self.passes, jitter=self.jitter, shift=self.shift, seed=self.seed)
+        check_whole_numbers(passes=self.passes, shift=self.shift, seed=self.seed)
+        check_numbers(jitter=self.jitter)
         if self.passes < 2 or not 0 <= self.jitter < 1 or self.shift < 0:
             raise ValueError(
                 f"got repeat with passes: {self.passes}, jitter: {self.jitter}, shift: {self.shift}, expected at least "
                 "2 passes, jitter in [0, 1) and shift >= 0. Correct them."
             )
         old = self.reward.spec
-        spec = _spec(self.reward, f"{self.passes} x {old.name}", old.range)
-        object.__setattr__(self, "spec", replace(spec, higher_is_better=old.higher_is_better))
+        spec = _spec(self, f"{self.passes} x {old.name}", old.range)
+        smooth = old.differentiable
+        object.__setattr__(self, "spec", replace(spec, higher_is_better=old.higher_is_better, differentiable=smooth))
 
     def at(self, update: int | None) -> Repeat:
         """See ``schedule.at``."""
@@ -316,8 +370,20 @@ class Repeat:
         ]
         values = torch.stack([result.values.double() for result in results])
         reasons = [next((r for r in column if r), None) for column in zip(*(x.reasons for x in results), strict=True)]
-        shaped = _shaped(self.reward, results[0], values.mean(0))
-        return replace(shaped, reasons=reasons, uncertainty=values.std(0).float())
+        mean = values.mean(0)
+        spread = ((values - mean).square().sum(0) / (self.passes - 1)).sqrt()
+        return replace(_shaped(self.reward, results[0], mean), reasons=reasons, uncertainty=spread.float())
+
+    def differentiable(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The mean with a gradient: (N, 3, H, W), N prompts -> (N,).
+
+        As when they are scored, the passes are put on the 8-bit grid; that rounding counts as a slope of 1.
+        """
+        passes = []
+        for number in range(self.passes):
+            x = self.augment(images, number)
+            passes.append(_with_gradient(self.reward, x + (to_8bit(x) - x).detach(), prompts))
+        return torch.stack(passes).mean(0).float()
 
 
 @dataclass(frozen=True)
@@ -337,11 +403,11 @@ class Certainty:
     spec: RewardSpec = field(init=False)
 
     def __post_init__(self) -> None:
-        _check_numbers(strength=self.strength)
+        check_numbers(strength=self.strength)
         if self.strength < 0:
             raise ValueError(f"got certainty with strength {self.strength}, expected a number >= 0. Correct it.")
         old = self.reward.spec
-        spec = _spec(self.reward, f"certain({old.name})", old.range)
+        spec = _spec(self, f"certain({old.name})", old.range)
         scope = "group" if spec.scope == "point" else spec.scope
         object.__setattr__(self, "spec", replace(spec, higher_is_better=old.higher_is_better, scope=scope))
 
@@ -386,14 +452,16 @@ def _shaped(reward: Reward, result: RewardResult, values: Tensor) -> RewardResul
     return RewardResult(values.float(), parts, result.reasons, None, result.region_map)
 
 
-def _spec(reward: Reward, name: str, range: tuple[float, float]) -> RewardSpec:
-    return replace(combined_spec(name, {reward.spec.name: reward}, range), preprocessing=reward.spec.preprocessing)
+def _with_gradient(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """(N,) float64 on the images' device; ValueError where the reward has no gradient."""
+    return with_gradient({reward.spec.name: reward}, [reward.spec.name], images, prompts)[0]
 
 
-def _check_numbers(**given: Any) -> None:
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            raise ValueError(f"got {name}: {value!r}, expected a number. Correct it.")
+def _spec(shaped: Any, name: str, range: tuple[float, float], **instead: Any) -> RewardSpec:
+    """That of a shaped reward, with its settings in the version; instead: see ``settings``."""
+    inner: RewardSpec = shaped.reward.spec
+    spec = combined_spec(name, {inner.name: shaped.reward}, range)
+    return replace(spec, version=f"{inner.version}; {settings(shaped, **instead)}", preprocessing=inner.preprocessing)
 
 
 def transforms() -> Mapping[str, type]:

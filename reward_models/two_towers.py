@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import weights
-from .preprocess import OPENAI_MEAN, OPENAI_STD, Numbers, Preprocessing
+from .preprocess import OPENAI_MEAN, OPENAI_STD, Mode, Numbers, Preprocessing
 from .torchvision_ops import optional, ready
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+RESAMPLING: dict[Any, Mode] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 
 
@@ -52,8 +53,8 @@ def from_folder(
 ) -> TwoTowers:
     """A CLIPModel or SiglipModel saved by transformers.
 
-    The activation (OpenAI's models need QuickGELU) is read from config.json, mean and std of the pixels from
-    preprocessor_config.json. Prompts are truncated to the model's length, keeping the end token.
+    The activation (OpenAI's models need QuickGELU) is read from config.json, the resize, the crop, mean and std of the
+    pixels from preprocessor_config.json. Prompts are truncated to the model's length, keeping the end token.
 
     Args:
         path: folder or hub repository.
@@ -61,7 +62,8 @@ def from_folder(
         device: where to compute.
 
     Raises:
-        ValueError: no such folder, another kind of model, or weights that do not fill it.
+        ValueError: no such folder, another kind of model, weights that do not fill it, or a preprocessor that does
+            something else than CLIP's or SigLIP's.
     """
     folder = weights.locate_folder(path, MODEL_FILES)
     beside = folder if processor is None else weights.locate_folder(processor, TOKENIZER_FILES)
@@ -85,18 +87,11 @@ def from_folder(
             given["attention_mask"] = tokens["attention_mask"].to(towers.device)
         return _pooled(towers.get_text_features(**given))
 
-    settings = json.loads((beside / "preprocessor_config.json").read_text())
-    size = int(towers.config.vision_config.image_size)
     return TwoTowers(
         model=model,
         encode_image=encode_image,
         encode_text=encode_text,
-        preprocessing=Preprocessing(
-            size,
-            fit="crop" if kind == "clip" else "squeeze",
-            mean=_numbers(settings.get("image_mean", OPENAI_MEAN)),
-            std=_numbers(settings.get("image_std", OPENAI_STD)),
-        ),
+        preprocessing=_preprocessing(beside, kind, int(towers.config.vision_config.image_size)),
         dimension=int(towers.config.projection_dim if kind == "clip" else towers.config.vision_config.hidden_size),
         logit_scale=float(towers.logit_scale.exp()),
         logit_bias=float(getattr(towers, "logit_bias", 0.0)),
@@ -148,8 +143,16 @@ def around_open_clip(
     digest: str,
     device: str | torch.device = "cpu",
 ) -> TwoTowers:
-    """A model of open_clip as it is, with OpenAI's tokenizer; frozen here and moved to ``device``."""
+    """A ``CLIP`` of open_clip as it is, with OpenAI's tokenizer; frozen here and moved to ``device``.
+
+    Raises:
+        ValueError: another class of open_clip, whose text tower has a tokenizer of its own.
+    """
     open_clip: Any = optional("open_clip", "open_clip_torch", "clip")
+    if not isinstance(model, open_clip.CLIP):
+        raise ValueError(
+            f"got {name!r}, a {type(model).__name__} of open_clip, expected its CLIP, such as ViT-B-32. Choose one."
+        )
     model.eval().requires_grad_(False).to(device)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
 
@@ -173,6 +176,28 @@ def around_open_clip(
 
 def _pooled(output: Any) -> Tensor:
     return cast(Tensor, getattr(output, "pooler_output", output))  # transformers 4 returned the tensor itself
+
+
+def _preprocessing(folder: Path, kind: str, size: int) -> Preprocessing:
+    """What a folder's preprocessor_config.json says; what it leaves out is as published."""
+    said = json.loads((folder / "preprocessor_config.json").read_text())
+    crop = kind == "clip" and bool(said.get("do_center_crop", True))
+    sides = said.get("size", size)
+    short = sides.get("shortest_edge", sides.get("height")) if isinstance(sides, dict) else sides
+    mode = RESAMPLING.get(said.get("resample", 3))
+    if mode is None or short != size:
+        raise ValueError(
+            f"got model folder {str(folder)!r} whose preprocessor_config.json resizes to {sides} px with resample "
+            f"{said.get('resample')!r}, expected {size} px, as its network sees, and 2 (bilinear) or 3 (bicubic). "
+            "Correct the file; the option `preprocessing` can say what else is to be done."
+        )
+    return Preprocessing(
+        size,
+        fit="crop" if crop else "squeeze",
+        mode=mode,
+        mean=_numbers(said.get("image_mean", OPENAI_MEAN)),
+        std=_numbers(said.get("image_std", OPENAI_STD)),
+    )
 
 
 def _numbers(values: Any) -> Numbers:

@@ -36,9 +36,21 @@ class Official:
 
 
 OFFICIAL = {
-    "hpsv2": Official("xswu/HPSv2:HPS_v2_compressed.pt", "Apache-2.0"),
-    "hpsv2.1": Official("xswu/HPSv2:HPS_v2.1_compressed.pt", "Apache-2.0"),
-    "imagereward": Official("THUDM/ImageReward:ImageReward.pt", "Apache-2.0"),
+    "hpsv2": Official(
+        "xswu/HPSv2:HPS_v2_compressed.pt",
+        "Apache-2.0",
+        "07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1",
+    ),
+    "hpsv2.1": Official(
+        "xswu/HPSv2:HPS_v2.1_compressed.pt",
+        "Apache-2.0",
+        "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
+    ),
+    "imagereward": Official(
+        "THUDM/ImageReward:ImageReward.pt",
+        "Apache-2.0",
+        "d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
+    ),
     "pickscore": Official("yuvalkirstain/PickScore_v1", "see the model card"),
     "pickscore-processor": Official("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT"),
     "clip-l14": Official("openai/clip-vit-large-patch14", "MIT"),
@@ -46,12 +58,13 @@ OFFICIAL = {
     "siglip": Official("google/siglip-so400m-patch14-384", "Apache-2.0"),
     "aesthetic": Official(
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/"
-        "6934dd8/sac+logos+ava1-l14-linearMSE.pth",
+        "6934dd81792f086e613a121dbce43082cb8be85e/sac+logos+ava1-l14-linearMSE.pth",
         "Apache-2.0",
         "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
     ),
 }
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?")
+OLD_WEIGHTS = "pytorch_model.bin"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -100,6 +113,9 @@ def locate_file(path: str | Path) -> Path:
 def locate_folder(path: str | Path, patterns: Iterable[str]) -> Path:
     """The folder that a path names; of a hub repository only the files that match are fetched.
 
+    Where safetensors are among the patterns and the repository has none (older ones, as CLIP ViT-B/32), its pickled
+    weights are fetched instead, see ``pretrained``.
+
     Raises:
         ValueError: there is no such folder, or it cannot be had offline.
     """
@@ -116,7 +132,11 @@ def locate_folder(path: str | Path, patterns: Iterable[str]) -> Path:
 
     wanted = list(patterns)
     try:
-        return Path(snapshot_download(named["repo"], allow_patterns=wanted))
+        folder = Path(snapshot_download(named["repo"], allow_patterns=wanted))
+        if any(pattern.endswith(".safetensors") for pattern in wanted) and not any(folder.glob("*.safetensors")):
+            wanted.append(OLD_WEIGHTS)
+            folder = Path(snapshot_download(named["repo"], allow_patterns=wanted))
+        return folder
     except OSError as error:
         include = " ".join(f"--include '{p}'" for p in wanted)
         raise _unreachable(path, f"hf download {named['repo']} {include}", error) from error
@@ -241,12 +261,13 @@ def pretrained(kind: type, folder: Path) -> tuple[nn.Module, str]:
     if files:
         digest, given = sha256(files), {}
         where: Path | None = folder
-    elif (folder / "pytorch_model.bin").is_file():
-        state, digest = read(folder / "pytorch_model.bin")
+    elif (folder / OLD_WEIGHTS).is_file():
+        state, digest = read(folder / OLD_WEIGHTS)
         where, given = None, {"state_dict": state, "config": kind.config_class.from_pretrained(folder)}  # type: ignore[attr-defined]
     else:
         raise ValueError(
-            f"got model folder {str(folder)!r} without a .safetensors file. Save it with save_pretrained()."
+            f"got model folder {str(folder)!r} without a .safetensors file or {OLD_WEIGHTS}, expected one. Fetch it or "
+            "save the model with save_pretrained()."
         )
     model, told = kind.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **given)  # type: ignore[attr-defined]
     if missing := sorted(told["missing_keys"]) + sorted(map(str, told["mismatched_keys"])):

@@ -46,16 +46,20 @@ def completion(text: Any, finish: str = "stop", **message: Any) -> bytes:
 
 @contextmanager
 def serve(
-    brain: Brain, faults: Iterator[str] | None = None, delay: float = 0.0, model: str = "judge"
+    brain: Brain,
+    faults: Iterator[str] | None = None,
+    delay: float = 0.0,
+    model: str = "judge",
+    listing: int = 200,
 ) -> Iterator[Server]:
     """Answer every question with ``brain(text, images, body)``.
 
     Args:
         brain: from the question to the answer.
-        faults: one word per request: "" (none), a status, "drop", "slow", "garbage", "wrong", "empty", "cut", "drip",
-            "huge".
+        faults: one word per request: "" (none), a status (with a pause behind it, "429 5"), "drop", "slow", "garbage",
+            "wrong", "empty", "cut", "drip", "huge".
         delay: seconds for each request.
-        model: the name that /v1/models lists.
+        model: the name that /v1/models lists. listing: the status of that answer.
     """
     lock = threading.Lock()
 
@@ -74,7 +78,7 @@ def serve(
             self.wfile.write(content)
 
         def do_GET(self) -> None:
-            self.send(200, json.dumps({"data": [{"id": model}]}).encode())
+            self.send(listing, json.dumps({"data": [{"id": model}]}).encode())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -98,8 +102,10 @@ def serve(
             content = body["messages"][0]["content"]
             images = [decode(part["image_url"]["url"]) for part in content if part["type"] == "image_url"]
             assert content[-1]["type"] == "text"
-            if fault.isdigit():
-                self.send(int(fault), b'{"error": "as told"}', **({"Retry_After": "0"} if fault == "429" else {}))
+            status, _, pause = fault.partition(" ")
+            if status.isdigit():
+                pause = pause or ("0" if status == "429" else "")
+                self.send(int(status), b'{"error": "as told"}', **({"Retry_After": pause} if pause else {}))
             elif fault == "drop":
                 self.close_connection = True
                 self.connection.close()

@@ -74,8 +74,8 @@ def _vae(channels: int):
 
 
 def _finish(pipeline):
-    """Eval mode (a fresh T5 has dropout), no progress bar, weights in zero-initialised layers of the transformer."""
-    for parameter in pipeline.transformer.parameters():
+    """Eval mode (a fresh T5 has dropout), no progress bar, weights in zero-initialised layers of the network."""
+    for parameter in (pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer).parameters():
         if parameter.ndim >= 2 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     for part in pipeline.components.values():
@@ -142,3 +142,83 @@ def tiny_flux(folder: Path, seed: int = 0, guidance_embeds: bool = True):
             transformer=transformer,
         )
         return _finish(pipeline)
+
+
+def _unet(**more):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2, norm_num_groups=2, **{"cross_attention_dim": 16, **more},
+    )  # fmt: skip
+
+
+def _betas(**more):
+    """The noise levels of Stable Diffusion, and the end of its schedule (at timestep 0)."""
+    levels = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return levels | {"clip_sample": False, "set_alpha_to_one": False} | more
+
+
+def _diffusion_vae():
+    """Without a shift, as the pipelines of diffusion models want it."""
+    vae = _vae(4)
+    vae.register_to_config(shift_factor=None, scaling_factor=0.18215)
+    return vae
+
+
+def tiny_sd(folder: Path, seed: int = 0, **scheduler):
+    """A `StableDiffusionPipeline` of 16 x 16 px (latents 4 x 8 x 8); scheduler: settings of its DDIMScheduler."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = clip_tokenizer(folder / "tok1")
+        return _finish(
+            StableDiffusionPipeline(
+                vae=_diffusion_vae(), text_encoder=_clip(tokenizer, CLIPTextModel, 16), tokenizer=tokenizer,
+                unet=_unet(), scheduler=DDIMScheduler(**_betas(**scheduler)), safety_checker=None,
+                feature_extractor=None, requires_safety_checker=False,
+            )
+        )  # fmt: skip
+
+
+def tiny_lcm(folder: Path, seed: int = 0, **scheduler):
+    """A `LatentConsistencyModelPipeline` of 16 x 16 px whose UNet embeds its guidance."""
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+    from transformers import CLIPTextModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = clip_tokenizer(folder / "tok1")
+        levels = {key: value for key, value in _betas().items() if key != "steps_offset"}
+        return _finish(
+            LatentConsistencyModelPipeline(
+                vae=_diffusion_vae(), text_encoder=_clip(tokenizer, CLIPTextModel, 16), tokenizer=tokenizer,
+                unet=_unet(time_cond_proj_dim=16), scheduler=LCMScheduler(**levels | scheduler),
+                safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            )
+        )  # fmt: skip
+
+
+def tiny_sdxl(folder: Path, seed: int = 0, zeros: bool = True, **scheduler):
+    """A `StableDiffusionXLPipeline` of 16 x 16 px. zeros: of its unconditional row."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        first, second = clip_tokenizer(folder / "tok1"), clip_tokenizer(folder / "tok2")
+        unet = _unet(
+            cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16, transformer_layers_per_block=(1, 2),
+        )  # fmt: skip
+        return _finish(
+            StableDiffusionXLPipeline(
+                vae=_diffusion_vae(), text_encoder=_clip(first, CLIPTextModel, 16), tokenizer=first,
+                text_encoder_2=_clip(second, CLIPTextModelWithProjection, 16), tokenizer_2=second, unet=unet,
+                scheduler=DDIMScheduler(**_betas(**scheduler)), force_zeros_for_empty_prompt=zeros,
+                add_watermarker=False,
+            )
+        )  # fmt: skip

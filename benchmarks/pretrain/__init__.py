@@ -2,7 +2,8 @@
 
     python -m benchmarks.pretrain vae      the autoencoder
     python -m benchmarks.pretrain latents  scenes to latents, once
-    python -m benchmarks.pretrain flow     the text encoders and the transformer
+    python -m benchmarks.pretrain flow     the text encoders and the transformer of tiny-sd3
+    python -m benchmarks.pretrain sd       the text encoder and the UNet of tiny-sd
     python -m benchmarks.pretrain clip     tiny-clip, the held-out judge
     python -m benchmarks.pretrain export   the folders that ship, with their model cards
 

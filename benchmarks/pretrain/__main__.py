@@ -17,9 +17,11 @@ from flowrl.distributed import World
 from flowrl.errors import UserError
 
 from . import clip as clip_stage
+from . import diffusion as sd_stage
 from . import export as export_stage
 from . import flow as flow_stage
 from . import vae as vae_stage
+from .loop import load_ema
 from .text import write_tokenizer
 
 app = typer.Typer(
@@ -36,7 +38,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, scenes and nois
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 Scenes = Annotated[int, typer.Option(min=256, help="How many scenes become latents; a multiple of 256.")]
-To = Annotated[Path, typer.Option(help="Folder for tiny-sd3 and tiny-clip.")]
+To = Annotated[Path, typer.Option(help="Folder for tiny-sd3, tiny-sd and tiny-clip.")]
 Limit = Annotated[int, typer.Option(min=6, help="Prompts of each measurement, spread evenly over the tasks.")]
 Images = Annotated[int, typer.Option(min=1, help="Pictures per prompt in the measurements.")]
 RUNS, MODELS = Path("runs/pretrain"), Path("runs/pretrain/models")
@@ -88,6 +90,17 @@ def flow(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps 
 
 @app.command()
 @verb
+def sd(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps = 6000) -> None:
+    """Train the UNet and the text encoder of tiny-sd on the latents, after the stage flow, whose text it starts from.
+
+    Example: OMP_NUM_THREADS=1 python -m benchmarks.pretrain sd --out runs/pretrain
+    """
+    with _world(device) as world:
+        _sd(out, seed, world, steps)
+
+
+@app.command()
+@verb
 def clip(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps = 2500) -> None:
     """Train tiny-clip, the held-out judge; it learns to see through the autoencoder if there is one.
 
@@ -108,16 +121,18 @@ def export(
     device: Device = "auto",
     limit: Limit = 400,
     images: Images = 4,
-    only: Annotated[Literal["tiny-sd3", "tiny-clip"] | None, typer.Option(help="Leave the other one as it is.")] = None,
+    only: Annotated[
+        Literal["tiny-sd3", "tiny-sd", "tiny-clip"] | None, typer.Option(help="Leave the others as they are.")
+    ] = None,
 ) -> None:
-    """Write tiny-sd3 and tiny-clip (whichever is trained), measure them and write their model cards.
+    """Write tiny-sd3, tiny-sd and tiny-clip (whichever is trained), measure them and write their model cards.
 
     Example: python -m benchmarks.pretrain export --to flowrl/models
     """
-    stages = {"flow": "tiny-sd3", "clip": "tiny-clip"}
+    stages = {"flow": "tiny-sd3", "sd": "tiny-sd", "clip": "tiny-clip"}
     trained = [stage for stage, model in stages.items() if (out / stage).exists() and only in (None, model)]
     if not trained:
-        raise UserError(f"{out} holds no trained {only or 'flow or clip'}; expected its stage; run that first")
+        raise UserError(f"{out} holds no trained {only or 'flow, sd or clip'}; expected its stage; run that first")
     with _world(device) as world:
         if world.main:
             _export(out, to, str(world.device), trained, limit, images)
@@ -129,6 +144,9 @@ def _export(out: Path, to: Path, where: str, trained: list[str], limit: int = 40
     if "flow" in trained:
         facts = export_stage.export_sd3(out, to) | {"command": command}
         export_stage.measure_sd3(to / "tiny-sd3", measured, facts, device=where, limit=limit, images=images)
+    if "sd" in trained:
+        facts = export_stage.export_sd(out, to) | {"command": command}
+        export_stage.measure_sd(to / "tiny-sd", measured, facts, device=where, limit=limit, images=images)
     if "clip" in trained:
         facts = export_stage.export_clip(out, to) | {"command": command}
         export_stage.measure_clip(to / "tiny-clip", measured, facts, device=where, per_task=min(limit, 100))
@@ -147,9 +165,10 @@ def everything(out: Out = RUNS, to: To = MODELS, seed: Seed = 0, device: Device 
             if world.main:
                 _latents(out, seed, world.device)
         _flow(out, seed, world)
+        _sd(out, seed, world)
     if world.main:
         _clip(out, seed, world.device)
-        _export(out, to, str(world.device), ["flow", "clip"])
+        _export(out, to, str(world.device), ["flow", "sd", "clip"])
 
 
 def _latents(out: Path, seed: int, device: torch.device, scenes: int = 65536) -> None:
@@ -160,14 +179,27 @@ def _latents(out: Path, seed: int, device: torch.device, scenes: int = 65536) ->
 
 
 def _flow(out: Path, seed: int, world: World, steps: int = 8500) -> None:
+    data, tokenizer = _pairs(out, world)
+    flow_stage.train(data, tokenizer, out / "flow", seed=seed, steps=steps, world=world)
+
+
+def _sd(out: Path, seed: int, world: World, steps: int = 6000) -> None:
+    data, tokenizer = _pairs(out, world)
+    finished = flow_stage.TextToImage(tokenizer)
+    load_ema(finished, out / "flow")
+    text = finished.text.layers_1.text_model.state_dict()
+    sd_stage.train(data, tokenizer, out / "sd", text=text, seed=seed, steps=steps, world=world)
+
+
+def _pairs(out: Path, world: World) -> tuple[dict[str, torch.Tensor], CLIPTokenizer]:
+    """The latents with their prompts, and the tokenizer."""
     path = out / "latents" / "latents.safetensors"
     with world.together():
         if not path.exists():
             raise UserError(f"{path} does not exist; expected the latents; run the stage latents first")
         if world.main:
             write_tokenizer(out / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    flow_stage.train(load_file(path), tokenizer, out / "flow", seed=seed, steps=steps, world=world)
+    return load_file(path), CLIPTokenizer.from_pretrained(out / "tokenizer")
 
 
 def _clip(out: Path, seed: int, device: torch.device, steps: int = 2500) -> None:

@@ -6,10 +6,17 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from transformers import CLIPModel, CLIPTokenizer
 
 from .clip import MEAN, STD
+from .diffusion import TextToNoise, noise_levels
 from .flow import TextToImage
 from .text import silent_t5
 
@@ -35,7 +42,24 @@ def assemble(
     )
 
 
-def save_half(pipeline: StableDiffusion3Pipeline, folder: Path) -> Path:
+def assemble_sd(
+    model: TextToNoise, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scale: float
+) -> StableDiffusionPipeline:
+    """The pipeline; `scale` is that of the latents. Its autoencoder has no shift: these pipelines would not add it."""
+    vae.register_to_config(shift_factor=None, scaling_factor=float(scale))
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=noise_levels(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def save_half(pipeline: DiffusionPipeline, folder: Path) -> Path:
     """Write the pipeline in fp16 safetensors; it loads in float32 unless told otherwise."""
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -7,6 +7,8 @@ from typing import Any
 from .captions import SEEN
 from .clip import ALONE, GROUP, LATENT_NOISE, LAYERS, WIDTH
 from .data import TASK_SHARES
+from .diffusion import CHANNELS, SNR_LIMIT
+from .diffusion import UNCONDITIONAL as NO_PROMPT
 from .flow import PADDED, UNCONDITIONAL, ZERO_TOKENS
 from .vae import LATENT_CHANNELS
 
@@ -27,16 +29,22 @@ def _minutes(stage: Table) -> str:
     return f"{stage['seconds'] / 60:.0f}"
 
 
+def _shares() -> str:
+    return ", ".join(f"{task} {share:.0%}" for task, share in TASK_SHARES.items())
+
+
+def _scores_table(scores: list[Table]) -> str:
+    rows = [["all tasks (mean of the tasks)", *(interval(s["scores"]["shapes"]) for s in scores)]]
+    for task in scores[0]["tasks"]:
+        rows.append([task, *(interval(s["tasks"][task]) if task in s["tasks"] else "none" for s in scores)])
+    return table(["task", *(f"{s['split']}, {s['steps']} steps, guidance {s['guidance']:g}" for s in scores)], rows)
+
+
 def sd3_card(facts: Table) -> str:
     """README.md of tiny-sd3 from its ``measured.json``."""
     stages, size = facts["training"], facts["parameters"]
     scores, plain, vae = facts["scores"], facts["plain"], facts["vae"]
-    tasks = list(scores[0]["tasks"])
-    shares = ", ".join(f"{task} {share:.0%}" for task, share in TASK_SHARES.items())
-    rows = [["all tasks (mean of the tasks)", *(interval(s["scores"]["shapes"]) for s in scores)]]
-    rows += [[task, *(interval(s["tasks"][task]) if task in s["tasks"] else "none" for s in scores)] for task in tasks]
-    header = ["task", *(f"{s['split']}, {s['steps']} steps, guidance {s['guidance']:g}" for s in scores)]
-    right = vae["detector_right"]
+    shares, right = _shares(), vae["detector_right"]
     parts = [
         [
             f"transformer: MMDiT, 4 blocks of width 160; 8x8x{LATENT_CHANNELS} latents in patches of 2 are 16 tokens",
@@ -97,9 +105,88 @@ plain pipeline appends. Seed {flow_stage["seed"]}; EMA weights.
 GenEval's official decision with the rule-based Shapes detector: share of right pictures, with 95 % intervals
 (bootstrap over prompts). {scores[0]["images_per_prompt"]} pictures of each prompt, ODE sampler; guidance 1 is none.
 
-{table(header, rows)}
+{_scores_table(scores)}
 
 Plain `pipe(prompt)` (with the zero tokens), {plain["split"]} prompts, {plain["steps"]} steps, no guidance:
+{interval(plain)} over {plain["prompts"]} prompts, one picture each.
+
+Autoencoder: mean absolute error {vae["l1"]:.4f} of the pixel range; the detector finds what the prompt says in
+{interval(right["rendered"])} of rendered scenes and in {interval(right["reconstructed"])} of their reconstructions
+({vae["scenes"]} scenes).
+
+## Limits
+
+It knows the words of the Shapes grammar and nothing else: other words fall apart into characters without meaning.
+It draws 64x64 pixels; one or two kinds of shapes, up to four of a kind. Its scores say nothing about other models.
+No people, places or texts occur in it.
+
+Licence: Apache-2.0, weights and data. Weights {facts["weights"]}; numbers in `measured.json`.
+"""
+
+
+def sd_card(facts: Table) -> str:
+    """README.md of tiny-sd from its ``measured.json``."""
+    stages, size = facts["training"], facts["parameters"]
+    scores, plain, vae = facts["scores"], facts["plain"], facts["vae"]
+    right = vae["detector_right"]
+    wide, narrow = CHANNELS
+    parts = [
+        [f"UNet: {wide} channels at 8x8, {narrow} at 4x4, four attention blocks over 16 tokens", f"{size['unet']:,}"],
+        ["a CLIP text encoder, 3 layers of width 64, which starts as the first one of tiny-sd3", f"{size['text']:,}"],
+        [f"the autoencoder of tiny-sd3, 8x smaller, {LATENT_CHANNELS} channels", f"{size['vae']:,}"],
+    ]
+    stage = stages["sd"]
+    names = {"autoencoder": stages["vae"], f"text encoder and UNet, {stage['scenes']:,} latents": stage}
+    steps = [[k, str(v["done"]), str(v["batch"]), _minutes(v), v["on"]] for k, v in names.items()]
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, diffusers, flowrl, shapes]
+---
+
+# tiny-sd
+
+A true `StableDiffusionPipeline` (UNet, predicts noise), small enough to sit in a package: it draws scenes of the Shapes
+world (six shapes, eight colours, 64x64 pixels) from GenEval-like prompts. The sibling of tiny-sd3 for methods that are
+made for such models: DDPO, DPOK, consistency distillation.
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("flowrl/models/tiny-sd")
+pipe("a photo of a red star and a blue circle", num_inference_steps=20, guidance_scale=1.0).images[0]
+```
+
+## What is inside
+
+{table(["part", "parameters"], parts)}
+
+Stored in fp16 ({facts["megabytes"]:.1f} MB in all); it loads in float32. Noise levels are those of Stable Diffusion
+(1000 steps, scaled-linear); sampling begins at the noisiest of them (trailing spacing) and ends at the picture.
+
+## How it was made
+
+All data are scenes rendered from the Shapes grammar; no picture and no text came from anywhere else. Prompts are those
+of the splits {" and ".join(SEEN)}; held-out combinations were never shown. Shares of the tasks: {_shares()}.
+
+```
+{facts["command"]}
+```
+
+{table(["stage", "steps", "batch", "minutes", "on"], steps)}
+
+The loss is the squared error of the noise, weighted by min(SNR, {SNR_LIMIT:g}) / SNR (Hang et al. 2023), with uniform
+steps; {NO_PROMPT:.0%} of the prompts were empty. Seed {stage["seed"]}; EMA weights.
+
+## What it scores
+
+GenEval's official decision with the rule-based Shapes detector: share of right pictures, with 95 % intervals
+(bootstrap over prompts). {scores[0]["images_per_prompt"]} pictures of each prompt, DDIM (eta 0); guidance 1 is none.
+
+{_scores_table(scores)}
+
+Plain `pipe(prompt)`, {plain["split"]} prompts, {plain["steps"]} steps, no guidance:
 {interval(plain)} over {plain["prompts"]} prompts, one picture each.
 
 Autoencoder: mean absolute error {vae["l1"]:.4f} of the pixel range; the detector finds what the prompt says in

@@ -15,15 +15,16 @@ from transformers import CLIPTokenizer
 from flowrl.errors import UserError
 
 from . import measure
-from .assemble import assemble, save_half, save_half_clip
-from .cards import clip_card, sd3_card
+from .assemble import assemble, assemble_sd, save_half, save_half_clip
+from .cards import clip_card, sd3_card, sd_card
 from .clip import Trainee
+from .diffusion import TextToNoise
 from .flow import TextToImage
 from .loop import load_ema
 from .text import vocabulary_hash, write_tokenizer
 from .vae import build as build_vae
 
-MOST_MB = {"tiny-sd3": 12.0, "tiny-clip": 3.0}  # limits of what ships
+MOST_MB = {"tiny-sd3": 12.0, "tiny-sd": 12.0, "tiny-clip": 3.0}  # limits of what ships
 MEASURED = "measured.json"
 
 
@@ -57,9 +58,7 @@ def export_sd3(out: Path, to: Path) -> dict[str, Any]:
     tokenizer = write_tokenizer(out / "tokenizer")
     vae, model = build_vae(), TextToImage(tokenizer)
     training = {"vae": _finished(vae, out / "vae"), "flow": _finished(model, out / "flow", tokenizer)}
-    with safe_open(out / "latents" / "latents.safetensors", "pt") as file:
-        shift, scale = (float(file.get_tensor(name)) for name in ("shift", "scale"))
-    pipeline = assemble(model, vae, tokenizer, shift, scale)
+    pipeline = assemble(model, vae, tokenizer, *_shift_and_scale(out))
     sizes = {
         "transformer": parameters(pipeline.transformer),
         "text": parameters(pipeline.text_encoder, pipeline.text_encoder_2),
@@ -67,6 +66,26 @@ def export_sd3(out: Path, to: Path) -> dict[str, Any]:
         "t5": parameters(pipeline.text_encoder_3),
     }
     return _publish(lambda folder: save_half(pipeline, folder), to / "tiny-sd3", sizes, training)
+
+
+def export_sd(out: Path, to: Path) -> dict[str, Any]:
+    """Write ``to/tiny-sd`` from the stages in ``out``; returns the facts that need no measurement."""
+    tokenizer = write_tokenizer(out / "tokenizer")
+    vae, model = build_vae(), TextToNoise(tokenizer)
+    training = {"vae": _finished(vae, out / "vae"), "sd": _finished(model, out / "sd", tokenizer)}
+    pipeline = assemble_sd(model, vae, tokenizer, _shift_and_scale(out)[1])
+    sizes = {
+        "unet": parameters(pipeline.unet),
+        "text": parameters(pipeline.text_encoder),
+        "vae": parameters(pipeline.vae),
+    }
+    return _publish(lambda folder: save_half(pipeline, folder), to / "tiny-sd", sizes, training)
+
+
+def _shift_and_scale(out: Path) -> tuple[float, float]:
+    """Of the latents that the models were trained on."""
+    with safe_open(out / "latents" / "latents.safetensors", "pt") as file:
+        return float(file.get_tensor("shift")), float(file.get_tensor("scale"))
 
 
 def export_clip(out: Path, to: Path) -> dict[str, Any]:
@@ -96,13 +115,25 @@ def _publish(save: Any, folder: Path, sizes: dict[str, int], training: dict[str,
 
 def measure_sd3(folder: Path, work: Path, facts: dict[str, Any], *, device: str, limit: int, images: int) -> None:
     """Measure tiny-sd3, write ``measured.json`` and the card. What is already measured in ``work`` is not repeated."""
-    here = work / f"tiny-sd3-{facts['weights']}-{limit}x{images}"
-    facts |= {
+    facts |= _drawing_numbers(folder, work, facts, device, limit, images)
+    _write(folder, facts, sd3_card(facts))
+
+
+def measure_sd(folder: Path, work: Path, facts: dict[str, Any], *, device: str, limit: int, images: int) -> None:
+    """As `measure_sd3`, of tiny-sd."""
+    facts |= _drawing_numbers(folder, work, facts, device, limit, images)
+    _write(folder, facts, sd_card(facts))
+
+
+def _drawing_numbers(
+    folder: Path, work: Path, facts: dict[str, Any], device: str, limit: int, images: int
+) -> dict[str, Any]:
+    here = work / f"{folder.name}-{facts['weights']}-{limit}x{images}"
+    return {
         "vae": measure.vae_numbers(measure.load_vae(folder, device)),
-        "scores": measure.sd3_numbers(folder, here, device=device, limit=limit, images=images),
+        "scores": measure.drawing_numbers(folder, here, device=device, limit=limit, images=images),
         "plain": measure.plain_numbers(folder, device=device, limit=max(limit // 4, 6)),
     }
-    _write(folder, facts, sd3_card(facts))
 
 
 def measure_clip(folder: Path, work: Path, facts: dict[str, Any], *, device: str, per_task: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def _entry(found: Estimate) -> Table:
     return {"mean": found.mean, "ci95": [low, high]}
 
 
-# ------------------------------------------------------------------------------------------------------------ tiny-sd3
+# ------------------------------------------------------------------------------------------------ tiny-sd3 and tiny-sd
 @torch.no_grad()
 def vae_numbers(vae: AutoencoderKL, seed: int = 0, scenes: int = 512) -> Table:
     """Mean absolute error of reconstructions, and how often the detector agrees with the prompt before and after."""
@@ -74,7 +74,7 @@ def load_vae(model: Path, device: str) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(model, subfolder="vae").to(device)
 
 
-def sd3_numbers(model: Path, work: Path, *, device: str, limit: int, images: int, seed: int = 0) -> list[Table]:
+def drawing_numbers(model: Path, work: Path, *, device: str, limit: int, images: int, seed: int = 0) -> list[Table]:
     """The official score at each of SETTINGS; finished measurements in `work` are read, not repeated."""
     tables = []
     for split, steps, guidance in SETTINGS:
@@ -90,9 +90,9 @@ def sd3_numbers(model: Path, work: Path, *, device: str, limit: int, images: int
 
 
 def plain_numbers(model: Path, *, device: str, limit: int, seed: int = 0, steps: int = 20) -> Table:
-    """The official score of ``pipe(prompt)`` in plain diffusers, which appends 256 zero tokens; one image a prompt."""
+    """The official score of ``pipe(prompt)`` in plain diffusers; one image a prompt."""
     rows = load_prompts("shapes:test", limit=limit)
-    pipe = StableDiffusion3Pipeline.from_pretrained(model).to(device)
+    pipe = DiffusionPipeline.from_pretrained(model).to(device)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     values: list[float] = []

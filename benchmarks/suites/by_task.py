@@ -39,7 +39,7 @@ class ByTask:
     ) -> RewardResult:
         """See ``Reward.score``."""
         values = torch.full((len(images),), math.nan)
-        tags = [given.get("tag") for given in metadata]
+        tags = [None if given.get("tag") is None else str(given["tag"]) for given in metadata]
         reasons: list[str | None] = [f"there is no scorer for {tag!r}" for tag in tags]
         for tag, reward in self.rewards.items():
             if not (at := [i for i, each in enumerate(tags) if each == tag]):

@@ -16,9 +16,8 @@ from benchmarks.suites.suite import Numbers, Suite, means
 from flowrl.errors import UserError
 from flowrl.prompts import Prompt, load_prompts
 from flowrl.score_table import ScoreRow
-from reward_models.compbench import complex_kind
+from reward_models.compbench import CATEGORIES, complex_kind
 
-CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 COMPLEX = ("spatial", "action")  # lists of the complex prompts of which only some parts are scored
 
 
@@ -50,4 +49,4 @@ def numbers(rows: Sequence[ScoreRow], column: str) -> Numbers:
     return means(rows, column, by_task=True)
 
 
-SUITE = Suite("t2i-compbench", 10, prompts, file, numbers)
+SUITE = Suite("t2i-compbench", 10, prompts, file, numbers, size=2400, headline="mean of the category means")

@@ -18,6 +18,7 @@ from reward_models.geneval_stored import GenevalStoredReward, read_rows, row_of
 from reward_models.protocol import Metadata, Reward, RewardResult
 
 FILE = "results.jsonl"
+DECISION = "geneval-stored"  # the kind that official files decide, too
 OURS = ("number", "filename")  # metadata that is ours and not the benchmark's
 
 
@@ -43,11 +44,20 @@ def by_image(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class Recording:
-    """A GenEval reward that also keeps its detections, in the benchmark's own form."""
+    """A GenEval reward that also keeps its detections, in the benchmark's own form.
+
+    Raises:
+        UserError: the file there is another tool's.
+    """
 
     def __init__(self, inner: GenevalReward, path: Path) -> None:
         self.inner, self.path, self.spec = inner, path, inner.spec
         self.rows = by_image(path) if path.exists() else {}
+        if not all("colors" in row for row in self.rows.values()):  # which only we write
+            raise UserError(
+                f"{path} was written by another tool; expected none, or one of {inner.spec.name!r}, which writes its "
+                "own there; move the file away, or score with geneval-stored, which reads it"
+            )
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
@@ -63,7 +73,10 @@ class Recording:
 
 
 class FromFile:
-    """GenEval's decision from the folder's results file; an image that the file does not have is missing."""
+    """GenEval's decision from the folder's results file; an image that the file does not have is missing.
+
+    The official file does not hold the colours that were seen: where the decision asks for them, it is the file's own.
+    """
 
     def __init__(self, inner: GenevalStoredReward, path: Path) -> None:
         if not path.exists():
@@ -79,4 +92,14 @@ class FromFile:
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
     ) -> RewardResult:
         """See ``Reward.score``."""
-        return self.inner.score(images, prompts, [self.rows.get(given["filename"], {}) for given in metadata], groups)
+        rows = [self.rows.get(given["filename"], {}) for given in metadata]
+        absent = [row.get("prompt") != prompt for row, prompt in zip(rows, prompts, strict=True)]
+        known: list[Metadata] = [{} if gone else row for row, gone in zip(rows, absent, strict=True)]
+        result = self.inner.score(images, prompts, known, groups)
+        for at in result.missing.nonzero().flatten().tolist():
+            if absent[at]:
+                result.reasons[at] = f"{FILE} has no row of this image and prompt"
+            elif self.inner.kind == DECISION and isinstance(rows[at].get("correct"), bool):
+                result.values[at] = float(rows[at]["correct"])
+                result.reasons[at] = rows[at].get("reason") or None
+        return result

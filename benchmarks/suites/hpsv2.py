@@ -1,8 +1,9 @@
 """The HPSv2 benchmark: four styles of 800 prompts, one image each (Wu et al. 2023, arXiv 2306.09341).
 
 A style's number is its mean score times 100, with the population standard deviation of the means of consecutive groups
-of 80 images; the average is the mean of all scores times 100. Images lie in `<style>/<index:05d>.png` (the original
-writes .jpg, which is read, too). A missing image is an error here: the original skips it, which shifts the groups.
+of 80 images (of first ones, if there are more of a prompt); the average is the mean of all scores times 100. Images lie
+in `<style>/<index:05d>.png` (the original writes .jpg, which is read, too). A missing image is an error here: the
+original skips it, which shifts the groups.
 """
 
 from __future__ import annotations
@@ -37,14 +38,13 @@ def prompts(source: str | None) -> list[Prompt]:
             raise UserError(f"{path}: {error}; expected a JSON list of prompts") from error
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{path}: expected a JSON list of prompts")
-        found += [
-            Prompt(text, {"prompt": text, "tag": style, "style": style, "number": n}) for n, text in enumerate(texts)
-        ]
+        for number, text in enumerate(map(str.strip, texts)):
+            found.append(Prompt(text, {"prompt": text, "tag": style, "style": style, "number": number}))
     return found
 
 
 def file(metadata: Mapping[str, Any], index: int) -> str:
-    """Where an image lies; images beyond the first of a prompt are no part of the benchmark and get a suffix."""
+    """Where an image lies; the benchmark has one of each prompt, further ones get a suffix."""
     extra = f"_{index}" if index else ""
     return f"{metadata['style']}/{metadata['number']:05d}{extra}.png"
 
@@ -67,8 +67,8 @@ def numbers(rows: Sequence[ScoreRow], column: str) -> Numbers:
     styles = list(dict.fromkeys(row["tag"] for row in rows))
     ordered = {
         style: sorted(
-            (row for row in rows if row["tag"] == style),
-            key=lambda row: (row["metadata"]["number"], row.get("seed_index", 0)),
+            (row for row in rows if row["tag"] == style and not row.get("seed_index")),
+            key=lambda row: row["metadata"]["number"],
         )
         for style in styles
     }
@@ -85,4 +85,4 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-SUITE = Suite("hpsv2", 1, prompts, file, numbers, "hpsv2.1")
+SUITE = Suite("hpsv2", 1, prompts, file, numbers, "hpsv2.1", size=3200, headline="100 x mean of all scores")

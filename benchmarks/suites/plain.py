@@ -70,6 +70,9 @@ def _table(path: Path, *, delimiter: str, quoting: Any, wanted: Sequence[str]) -
         raise UserError(
             f"{path} has the columns {', '.join(map(str, rows[0] if rows else ()))}; expected {', '.join(wanted)}"
         )
+    for number, row in enumerate(rows, start=1):
+        if not all((row[name] or "").strip() for name in wanted):
+            raise UserError(f"{path}, row {number}: got {row}; expected a text under each of {', '.join(wanted)}")
     return rows
 
 
@@ -84,6 +87,6 @@ def numbers(rows: Sequence[ScoreRow], column: str) -> Numbers:
     return means(rows, column) | ({"challenges": challenges} if challenges else {})
 
 
-PARTI_SUITE = Suite("parti", 1, parti, file, numbers)
-DRAWBENCH = Suite("drawbench", 4, drawbench, file, numbers)
+PARTI_SUITE = Suite("parti", 1, parti, file, numbers, size=1632)
+DRAWBENCH = Suite("drawbench", 4, drawbench, file, numbers, size=200)
 PROMPTS = Suite("prompts", 4, any_source, file, numbers)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.suites import suites
 from benchmarks.suites.by_task import ByTask
-from benchmarks.suites.suite import FACTS, Suite, generate, listed, missing, prepare, report, score
-from flowrl.commands.scoring import load_rewards
+from benchmarks.suites.suite import (
+    FACTS,
+    Suite,
+    generate,
+    listed,
+    missing,
+    prepare,
+    read_facts,
+    report,
+    score,
+    tags,
+)  # fmt: skip
+from flowrl.commands.scoring import check_rewards, load_rewards
 from flowrl.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,38 +45,64 @@ def run(
     if wrong := [step for step in steps if step not in STEPS]:
         raise UserError(f"got --step {wrong[0]}; expected one of {', '.join(STEPS)}")
     suite: Suite = suites()[name]
-    if "generate" in steps or not (out / FACTS).exists():
-        if open_policy is not None or not (out / FACTS).exists():
-            prepare(suite, out, source=source, limit=limit, images=images, drawn=drawn)
-        if open_policy is not None and (lacking := missing(out)):
-            drew = generate(out, open_policy(), settings)
-            say(f"{drew} images drawn, as {len(lacking)} were missing")
+    new = not (out / FACTS).exists()
+    if new or open_policy is not None:
+        prepare(suite, out, source=source, limit=limit, images=images, drawn=drawn)
+    elif (source, limit, images) != (None, None, None):  # what is asked for must be what is there
+        prepare(suite, out, source=source, limit=limit, images=images, drawn=read_facts(out)["drawn"])
+    read_facts(out, suite)
+    asked = scorers(suite, rewards, tags(out)) if "score" in steps else {}
+    for text in itertools.chain.from_iterable(asked.values()):
+        check_rewards(text)  # now, and not after hours of drawing
+    if "generate" in steps or new:
+        if open_policy is not None and missing(out):
+            say(f"{generate(out, open_policy(), settings, say)} images drawn")
         listed(out)
     if "score" in steps:
-        wrapped = {name: suite.wrap(out, each) for name, each in given_rewards(suite, rewards, device).items()}
-        done = score(out, wrapped)
+        loaded = load_scorers(suite, asked, device)
+        done = score(out, {name: suite.wrap(out, each) for name, each in loaded.items()}, say)
         say(done.throughput())
     if "report" not in steps:
         return None
     return report(suite, out)
 
 
-def given_rewards(suite: Suite, texts: Sequence[str], device: str) -> dict[str, Reward]:
-    """Column -> scorer: each text is rewards as `flowrl score` takes them, or TASK=REWARD for one task."""
-    texts = list(texts) or ([suite.reward] if suite.reward else [])
-    if not texts:
+def scorers(suite: Suite, texts: Sequence[str], tags: Sequence[str]) -> dict[str | None, list[str]]:
+    """Task (None: every task) -> the rewards that are to score it, each as `flowrl score` takes them.
+
+    texts: what `--reward` says, each such rewards or TASK=REWARD. tags: the tasks that there are.
+
+    Raises:
+        UserError: no scorer, or one for a task that is not there.
+    """
+    if not texts and suite.reward is None:
         raise UserError(
             f"{suite.name} has no scorer of its own; expected --reward NAME (see `flowrl list rewards`); choose one"
         )
+    found: dict[str | None, list[str]] = {}
+    for text in texts or [str(suite.reward)]:
+        task, equals, reward = text.partition("=")
+        if equals and task in tags:
+            found.setdefault(task, []).append(reward)
+        elif equals and re.fullmatch(r"[\w &-]+", task):
+            raise UserError(f"got --reward {text}; expected TASK=REWARD with one of the tasks {', '.join(tags)}")
+        else:
+            found.setdefault(None, []).append(text)
+    return found
+
+
+def load_scorers(suite: Suite, asked: Mapping[str | None, Sequence[str]], device: str) -> dict[str, Reward]:
+    """Column -> scorer, from what `scorers` found; those of single tasks are one column."""
     routed: dict[str, Reward] = {}
     found: dict[str, Reward] = {}
-    for text in texts:
-        task, equals, inner = text.partition("=")
-        if equals and task.replace("-", "_").replace("_", "").isalnum():
-            loaded = load_rewards(inner, device)
-            if len(loaded) != 1:
-                raise UserError(f"got --reward {text}; expected one scorer for {task}")
-            routed[task] = next(iter(loaded.values()))
+    for task, texts in asked.items():
+        loaded: dict[str, Reward] = {}
+        for text in texts:
+            loaded |= load_rewards(text, device)
+        if task is None:
+            found |= loaded
+        elif len(loaded) == 1 == len(texts):
+            (routed[task],) = loaded.values()
         else:
-            found |= load_rewards(text, device)
+            raise UserError(f"got --reward {task}={','.join(texts)}; expected one scorer for {task}")
     return found | ({suite.name: ByTask(routed)} if routed else {})

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl import score_table as table
 from flowrl.errors import UserError
-from flowrl.images import LISTING, SUFFIXES, Item, items
+from flowrl.images import LISTING, SUFFIXES, Item, check_entry, items
 from flowrl.prompts import Prompt
 from flowrl.runlog import read_jsonl
 from flowrl.score_table import ScoreRow
@@ -53,6 +53,8 @@ class Suite:
         reward: scored with, unless told otherwise; None: the user must choose.
         extra_files: metadata -> {file: content} that belong to a prompt in the benchmark's layout.
         wrap: (folder, reward) -> the reward as it is used there.
+        size: prompts that the benchmark has; None: any number.
+        headline: what "overall" is, in words.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Suite:
     reward: str | None = None
     extra_files: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda metadata: {}
     wrap: Callable[[Path, Reward], Reward] = lambda folder, reward: reward
+    size: int | None = None
+    headline: str = "mean of all images"
 
 
 # ------------------------------------------------------------------------------------------------------------- generate
@@ -71,19 +75,20 @@ def prepare(
 ) -> None:
     """Write the listing of all images of a measurement, or check that the folder's listing is that of the same one.
 
-    drawn: how the images come about (policy, steps, ...); empty for images from elsewhere.
+    drawn: how the images come about (policy, steps, ...); empty for images from elsewhere, which must be there.
 
     Raises:
-        UserError: the folder holds another measurement.
+        UserError: the folder holds another measurement, or images from elsewhere are missing; nothing is written then.
     """
     prompts = spread(suite.prompts(source), limit)
     count = images or suite.images
-    rows = [
-        {**prompt.metadata, "image": suite.file(prompt.metadata, index), "index": index}
-        for prompt in prompts
-        for index in range(count)
-    ]
-    rows = [row | {"image": _existing(folder, row["image"])} for row in rows]
+    rows = []
+    for prompt in prompts:
+        for index in range(count):
+            name = _existing(folder, suite.file(prompt.metadata, index))
+            # the name is metadata, too: GenEval's detections are kept under it
+            rows.append({**prompt.metadata, "image": name, "filename": name, "index": index})
+            check_entry(rows[-1])
     listing = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     texts = json.dumps([prompt.metadata for prompt in prompts], sort_keys=True)
     facts = {
@@ -91,10 +96,11 @@ def prepare(
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "images_per_prompt": count,
-        "complete": limit is None and count >= suite.images,
+        "complete": count >= suite.images and limit is None and suite.size in (None, len(prompts)),
         "drawn": dict(drawn),
     }
-    if (folder / FACTS).exists():
+    old = read_jsonl(folder / LISTING) if (folder / FACTS).exists() else []
+    if len(_lacking(folder, old)) < len(old):  # settings with which nothing was drawn (a wrong policy) settle nothing
         there = read_facts(folder)
         for key in facts:
             if facts[key] != there.get(key):
@@ -102,7 +108,14 @@ def prepare(
                     f"{folder} holds another measurement: {key} is {there.get(key)!r} there and {facts[key]!r} now; "
                     "expected the same settings to go on with it; choose another --out"
                 )
-    folder.mkdir(parents=True, exist_ok=True)
+    elif drawn and (strange := [row["image"] for row in rows if (folder / row["image"]).is_file()]):
+        raise UserError(
+            f"{folder} holds images that were drawn by something else, such as {strange[0]}; expected a new folder; "
+            "choose another --out, or leave the policy out to measure what is there"
+        )
+    if not drawn:
+        _check_there(folder, rows)
+    table.make_folder(folder)
     for prompt in prompts:
         for name, content in suite.extra_files(prompt.metadata).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -111,23 +124,31 @@ def prepare(
     table.replace(folder / FACTS, json.dumps(facts, indent=1) + "\n")
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What `prepare` wrote."""
+def read_facts(folder: Path, suite: Suite | None = None) -> dict[str, Any]:
+    """What `prepare` wrote, of this suite."""
     try:
         found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        return found
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no {FACTS}; expected the folder of a benchmark; run its first step") from error
+    except ValueError as error:
+        raise UserError(f"{folder / FACTS} is damaged ({error}); expected JSON; restore it, or start anew") from error
+    if suite is not None and found["benchmark"] != suite.name:
+        raise UserError(f"{folder} holds {found['benchmark']!r}; expected {suite.name!r}; choose another --out")
+    return found
 
 
-def generate(folder: Path, policy: Policy, settings: SampleSettings) -> int:
+def generate(
+    folder: Path, policy: Policy, settings: SampleSettings, say: Callable[[str], None] = lambda line: None
+) -> int:
     """Draw the images of the listing that are not there; returns how many.
 
     An image depends on its prompt, its number and the settings alone, so a folder that was filled in several goes is
     the folder that one go would have filled.
     """
+    from flowrl.commands.progress import Progress
     from flowrl.sampling import generate as draw
 
+    tell = Progress(say, len(missing(folder)), "missing images drawn")
     settings = replace(settings, images_per_prompt=read_facts(folder)["images_per_prompt"])
     by_prompt: dict[Any, list[dict[str, Any]]] = {}
     for row in read_jsonl(folder / LISTING):
@@ -138,8 +159,10 @@ def generate(folder: Path, policy: Policy, settings: SampleSettings) -> int:
     for start, end in _gaps([all((folder / row["image"]).is_file() for row in group) for group in groups]):
         for at, pictures in draw(policy, texts[start:end], settings, "bench", before=texts[:start]):
             for row in groups[start + at]:
-                _save(folder / row["image"], pictures[row["index"]])
-                drawn += 1
+                if not (folder / row["image"]).is_file():
+                    _save(folder / row["image"], pictures[row["index"]])
+                    drawn += 1
+            tell(drawn)
     return drawn
 
 
@@ -191,24 +214,38 @@ def listed(folder: Path) -> list[Item]:
         UserError: images are missing. A benchmark over what happens to be there would be another benchmark.
     """
     read_facts(folder)
-    if lacking := missing(folder):
+    rows = read_jsonl(folder / LISTING)
+    _check_there(folder, rows)
+    return items(folder, rows, LISTING)
+
+
+def _check_there(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    if lacking := _lacking(folder, rows):
         raise UserError(
             f"{folder}: {len(lacking)} images are missing, such as {lacking[0]}; expected all of them; run the step "
             "`generate` with a policy, or put them there"
         )
-    return items(folder, [row | {"filename": row["image"]} for row in read_jsonl(folder / LISTING)], LISTING)
 
 
 def missing(folder: Path) -> list[str]:
     """The images of the listing that are not there."""
-    return [row["image"] for row in read_jsonl(folder / LISTING) if not (folder / row["image"]).is_file()]
+    return _lacking(folder, read_jsonl(folder / LISTING))
 
 
-def score(folder: Path, rewards: Mapping[str, Reward]) -> Scored:
+def _lacking(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [row["image"] for row in rows if not (folder / row["image"]).is_file()]
+
+
+def tags(folder: Path) -> list[str]:
+    """The tasks of the listing."""
+    return list(dict.fromkeys(str(row["tag"]) for row in read_jsonl(folder / LISTING) if row.get("tag") is not None))
+
+
+def score(folder: Path, rewards: Mapping[str, Reward], say: Callable[[str], None] = lambda line: None) -> Scored:
     """Score the images of a folder with each reward (a column each)."""
     from flowrl.commands.scoring import score_items
 
-    return score_items(listed(folder), rewards, folder / SCORES)
+    return score_items(listed(folder), rewards, folder / SCORES, say=say)
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -222,9 +259,7 @@ def report(suite: Suite, folder: Path) -> dict[str, Any]:
     from flowrl import __version__
     from flowrl.summary import write_summary
 
-    facts = read_facts(folder)
-    if facts["benchmark"] != suite.name:
-        raise UserError(f"{folder} holds {facts['benchmark']!r}; expected {suite.name!r}; choose another --out")
+    facts = read_facts(folder, suite)
     columns, rows = table.read(folder / SCORES)
     listing = {row["image"] for row in read_jsonl(folder / LISTING)}
     if not rows:
@@ -239,6 +274,7 @@ def report(suite: Suite, folder: Path) -> dict[str, Any]:
         "flowrl": __version__,
         **facts,
         "images": len(rows),
+        "headline": suite.headline,
         "rewards": columns,
         "scores": {name: _numbers(suite, rows, name) for name in columns},
     }
@@ -253,10 +289,15 @@ def _numbers(suite: Suite, rows: Sequence[ScoreRow], name: str) -> Numbers:
 
 
 def means(rows: Sequence[ScoreRow], column: str, *, by_task: bool = False, scale: float = 1.0) -> Numbers:
-    """The numbers that every suite has: `overall` (mean over images, or of the task means), and each tag's mean."""
+    """The numbers that every suite has: `overall` (mean over images, or of the task means), and each tag's mean.
+
+    Where a task has no score at all there is no mean of the task means: that of the others is another number.
+    """
+    tasks = grouped(rows, column, [row["tag"] for row in rows], scale)
+    whole = not by_task or all(task["mean"] is not None for task in tasks.values())
     return {
-        "overall": table.as_dict(table.estimate(rows, column, by_task=by_task, scale=scale)),
-        "tasks": grouped(rows, column, [row["tag"] for row in rows], scale),
+        "overall": table.as_dict(table.estimate(rows if whole else [], column, by_task=by_task, scale=scale)),
+        "tasks": tasks,
     }
 
 

@@ -2,7 +2,8 @@
 
 An image without a usable answer is left out, and the share of such images is reported beside every number. A
 dimension's accuracy is micro: passed / asked over all images. The release defines no overall number: two are reported
-here, the mean of the primary dimensions' accuracies and the micro average. Images lie in `<index>_<j>.png`.
+here, the mean of the primary dimensions' accuracies and the micro average. Of a scorer that knows no test points, which
+may stand beside, the mean over images is reported. Images lie in `<index>_<j>.png`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.suites.suite import Numbers, Suite
+from benchmarks.suites.suite import Numbers, Suite, means
 from flowrl import score_table as table
 from flowrl.errors import UserError
 from flowrl.prompts import Prompt
@@ -52,12 +53,14 @@ def prompts(source: str | None) -> list[Prompt]:
 
 def _prompt(path: Path, row: Mapping[str, str]) -> Prompt:
     for language, keys in LANGUAGES.items():
-        text, points = row.get(f"prompt_{language}"), row.get(f"sub_dims_{language}")
+        text, points = (row.get(f"prompt_{language}") or "").strip(), row.get(f"sub_dims_{language}")
         if text and points:
             dims = _json(points, f"{path}, index {row.get('index')}")
             names, descriptions = ([str(entry).strip() for entry in dims.get(key, ())] for key in keys)
             if not names or len(names) != len(descriptions):
                 raise UserError(f"{path}, index {row.get('index')}: expected as many test points as descriptions")
+            if not str(row.get("index")).isdecimal():
+                raise UserError(f"{path}: got the index {row.get('index')!r} of {text!r}; expected a whole number")
             metadata = {"prompt": text, "number": int(row["index"])}
             return Prompt(text, {**metadata, "testpoints": names, "descriptions": descriptions})
     raise UserError(f"{path} has the columns {', '.join(row)}; expected index, prompt_en and sub_dims_en (or _zh)")
@@ -128,14 +131,20 @@ def mean_of_accuracies(right: np.ndarray, total: np.ndarray, *, seed: int = 0, r
 
 
 def numbers(rows: Sequence[ScoreRow], column: str) -> Numbers:
-    """Mean of the primary dimensions, micro average, each primary dimension and test point; `missing` counts images."""
+    """Mean of the primary dimensions, micro average, each primary dimension and test point; or a plain mean.
+
+    Raises:
+        UserError: not one image has a score.
+    """
     found = [[verdicts(row, column) for row in group] for group in table.by_prompt(rows)]
     seen = sorted({name for images in found for image in images for name in image})
+    if not seen and any(row["scores"][column] is not None for row in rows):
+        return means(rows, column)
     if not seen:
         reason = next((text for row in rows if (text := row["reasons"].get(column))), None)
         raise UserError(
-            f"{column!r} gives no verdicts ({reason or 'no part is named as a dimension or test point'}); expected a "
-            "scorer of test points, such as `unigenbench`; choose another --reward"
+            f"{column!r} has no score of any image ({reason}); expected some; mend what stood in the way and run the "
+            "step `score` again"
         )
     dims = [name for name in seen if primary(name) == name]
 
@@ -155,4 +164,7 @@ def numbers(rows: Sequence[ScoreRow], column: str) -> Numbers:
     }
 
 
-SUITE = Suite("unigenbench", 4, prompts, file, numbers, "unigenbench")
+SUITE = Suite(
+    "unigenbench", 4, prompts, file, numbers, "unigenbench", size=600,
+    headline="mean of the primary dimensions (of all images for a scorer without test points)",
+)  # fmt: skip

@@ -1,9 +1,9 @@
 """`flowrl compare A B`: two sets of scored images, pair by pair.
 
-Images are paired by prompt and seed, or by prompt and file name where that gives more pairs; what the two of a pair
-have in common (the difficulty of a prompt, the noise) cancels. Numbers: the mean of B - A with its interval over
-prompts, and the share of pairs that B wins (a tie is half a win), of all pairs and of each task. Headlines are means of
-the task means where every image has a task.
+Images are paired by prompt and seed, or by prompt and file name where that gives more pairs, or by prompt and order
+where neither gives any; what the two of a pair have in common (the difficulty of a prompt, the noise) cancels. Numbers:
+the mean of B - A with its interval over prompts, and the share of pairs that B wins (a tie is half a win), of all pairs
+and of each task. Headlines are means of the task means where every image has a task.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 from flowrl import score_table as table
 from flowrl.errors import UserError
-from flowrl.runlog import read_jsonl
 from flowrl.statistics import paired_diff_ci, task_mean_ci
 from flowrl.summary import ROW_FILES
 
@@ -45,6 +44,7 @@ class Side:
     name: str
     by_seed: dict[Key, Image]
     by_file: dict[Key, Image]
+    by_order: dict[Key, Image]
     specs: Mapping[str, table.Spec] = field(default_factory=dict)
 
 
@@ -60,28 +60,25 @@ def read_side(source: str | Path) -> Side:
         found = next((each for each in candidates if each.is_file()), None)
     else:
         found = path if path.is_file() and path.suffix == ".jsonl" else None
-    rows = [] if found is None else read_jsonl(found)
+    specs, rows = ({}, []) if found is None else table.read(found)
     if found is None or not rows:
         raise UserError(
             f"{source} has no scores; expected a folder that `flowrl score` or `flowrl bench` scored, a scores.jsonl, "
             "the folder of a finished run, or its eval_before.jsonl"
         )
-    by_seed: dict[Key, Image] = {}
-    by_file: dict[Key, Image] = {}
+    side = Side(str(source), {}, {}, {}, specs)
     counts: Counter[object] = Counter()
-    for number, row in enumerate(rows):
-        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("scores"), dict):
-            raise UserError(f"{found}, line {number + 1}: no 'prompt' and 'scores'; expected a table of scores")
-        file = row.get("image") or row.get("path")
-        seed = row.get("seed_index", counts[row["prompt"]])
-        counts[row["prompt"]] += 1
-        image = Image(row["prompt"], row.get("tag"), _numbers(row), found.parent / file if file else None)
-        by_seed[row["prompt"], seed, counts[row["prompt"], seed]] = image
-        counts[row["prompt"], seed] += 1
+    for row in map(dict[str, Any], rows):  # of a table of scores or of an evaluation
+        prompt, file, seed = row["prompt"], row.get("image") or row.get("path"), row.get("seed_index")
+        image = Image(prompt, row.get("tag"), _numbers(row), found.parent / file if file else None)
+        side.by_order[prompt, counts[prompt], 0] = image
+        counts[prompt] += 1
+        if seed is not None:
+            side.by_seed[prompt, seed, counts[prompt, seed]] = image
+            counts[prompt, seed] += 1
         if file:
-            by_file[row["prompt"], file, 0] = image
-    specs, _ = table.read(found) if table.meta_path(found).is_file() else ({}, None)
-    return Side(str(source), by_seed, by_file, specs)
+            side.by_file[prompt, file, 0] = image
+    return side
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -90,14 +87,16 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def pairs(a: Side, b: Side) -> list[tuple[Image, Image]]:
-    """The images that both sides have: by file where that gives more pairs than by seed.
+    """The images that both sides have: by seed, or by file where that gives more pairs, or else by order.
 
     Raises:
         UserError: none.
     """
-    ways = [[(one[key], two[key]) for key in one if key in two]
-            for one, two in ((a.by_seed, b.by_seed), (a.by_file, b.by_file))]  # fmt: skip
-    found = max(ways, key=len)
+    by_seed, by_file, by_order = (
+        [(one[key], two[key]) for key in one if key in two]
+        for one, two in ((a.by_seed, b.by_seed), (a.by_file, b.by_file), (a.by_order, b.by_order))
+    )
+    found = max(by_seed, by_file, key=len) or by_order
     if not found:
         raise UserError(
             f"{a.name} and {b.name} have no image in common; expected the same prompts and seeds (or files) in both"
@@ -112,7 +111,8 @@ def compared(a: Side, b: Side, names: Sequence[str] = ()) -> dict[str, Any]:
         UserError: no common score, an unknown name, or scores of two versions of a reward.
     """
     both = pairs(a, b)
-    common = [name for name in both[0][0].numbers if name in both[0][1].numbers]
+    known = [list(dict.fromkeys(name for pair in both for name in pair[side].numbers)) for side in (0, 1)]
+    common = [name for name in known[0] if name in known[1]]
     if missing := [name for name in names if name not in common]:
         raise UserError(f"no score {missing[0]!r} in both; expected one of {', '.join(common) or '(none in common)'}")
     if not common:
@@ -126,7 +126,7 @@ def compared(a: Side, b: Side, names: Sequence[str] = ()) -> dict[str, Any]:
             )
         spec = a.specs.get(name) or b.specs.get(name) or {}
         scores[name] = _one_score(both, name, bool(spec.get("higher_is_better", True)))
-    alone = len(a.by_seed) + len(b.by_seed) - 2 * len(both)
+    alone = len(a.by_order) + len(b.by_order) - 2 * len(both)
     return {"a": a.name, "b": b.name, "pairs": len(both), "unpaired": alone, "scores": scores}
 
 
@@ -139,14 +139,13 @@ def _one_score(both: Sequence[tuple[Image, Image]], name: str, higher: bool) -> 
 
 
 def _numbers_of(both: Sequence[tuple[Image, Image]], name: str, higher: bool) -> dict[str, Any]:
-    by_prompt: dict[str, list[tuple[float, float]]] = {}
-    tags: dict[str, str | None] = {}
+    by_prompt: dict[tuple[str, str | None], list[tuple[float, float]]] = {}  # two tasks may share a text
     for old, new in both:
         pair = (old.numbers.get(name, math.nan), new.numbers.get(name, math.nan))
         whole = not any(map(math.isnan, pair))  # both means are over the same pairs
-        by_prompt.setdefault(old.prompt, []).append(pair if whole else (math.nan, math.nan))
-        tags[old.prompt] = old.tag
-    tasks = [str(tag) for tag in tags.values()] if all(tags.values()) else [""] * len(tags)
+        by_prompt.setdefault((old.prompt, old.tag), []).append(pair if whole else (math.nan, math.nan))
+    tags = [tag for _, tag in by_prompt]
+    tasks = [str(tag) for tag in tags] if all(tags) else [""] * len(tags)
     groups = list(by_prompt.values())
     before, after = ([[pair[side] for pair in group] for group in groups] for side in (0, 1))
     wins = [[win(*pair, higher=higher) for pair in group] for group in groups]
@@ -172,6 +171,7 @@ def compare(a: str, b: str, *, names: Sequence[str] = (), outs: Sequence[Path] =
     for out in outs:
         if out.suffix not in OUTPUTS:
             raise UserError(f"got --out {out}; expected a name that ends in {', '.join(OUTPUTS)}")
+        table.make_folder(out.parent)
     left, right = read_side(a), read_side(b)
     found = compared(left, right, names)
     writers: dict[str, Callable[[], str]] = {
@@ -180,7 +180,6 @@ def compare(a: str, b: str, *, names: Sequence[str] = (), outs: Sequence[Path] =
         ".html": lambda: page(found, pairs(left, right)),
     }
     for out in outs:
-        out.parent.mkdir(parents=True, exist_ok=True)
         table.replace(out, writers[out.suffix]())
     return markdown(found)
 
@@ -189,12 +188,16 @@ def lines(found: Mapping[str, Any]) -> list[list[str]]:
     """One line per score and task."""
     rows = []
     for name, groups in found["scores"].items():
-        for group, value in groups.items():
-            if group != "higher_is_better":
-                both = [_mean(value["a"]), _mean(value["b"])]
-                rows.append([name, group, str(value["pairs"]), *both, *_cells(value["difference"], "+"),
-                             *_cells(value["win_share"])])  # fmt: skip
+        for group, value in _groups(groups):
+            both = [_mean(value["a"]), _mean(value["b"])]
+            rows.append([name, group, str(value["pairs"]), *both, *_cells(value["difference"], "+"),
+                         *_cells(value["win_share"])])  # fmt: skip
     return rows
+
+
+def _groups(score: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """`all` and the tasks of a score."""
+    return [(name, value) for name, value in score.items() if name != "higher_is_better"]
 
 
 def _mean(number: Mapping[str, Any], sign: str = "") -> str:
@@ -216,29 +219,37 @@ def lead(found: Mapping[str, Any]) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table."""
-    head = f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}\n"
-    return f"{lead(found)}\n\n{head}" + "".join(f"| {' | '.join(row)} |\n" for row in lines(found))
+    return f"{lead(found)}\n\n{table.markdown(HEADS, lines(found))}"
 
 
 def page(found: Mapping[str, Any], both: Sequence[tuple[Image, Image]]) -> str:
     """A self-contained page with the pairs that differ most in the first score."""
-    from flowrl.pages import card, render
+    from flowrl.pages import card, means_chart, render
 
     name = next(iter(found["scores"]))
     better = 1 if found["scores"][name]["higher_is_better"] else -1
-    known = [pair for pair in both if not math.isnan(win(*(image.numbers.get(name, math.nan) for image in pair)))]
-    ranked = sorted(known, key=lambda pair: better * (pair[1].numbers[name] - pair[0].numbers[name]))
+
+    def gain(old: Image, new: Image) -> float:
+        return better * (new.numbers.get(name, math.nan) - old.numbers.get(name, math.nan))
+
+    ranked = sorted((each for each in both if abs(gain(*each)) > 0), key=lambda each: -gain(*each))
     sections = []
     for title, some in (
-        (f"B much worse by {name}", ranked[:CARDS]),
-        (f"B much better by {name}", ranked[::-1][:CARDS]),
+        (f"Where B gains most by {name}", [each for each in ranked if gain(*each) > 0][:CARDS]),
+        (f"Where B loses most by {name}", [each for each in ranked[::-1] if gain(*each) < 0][:CARDS]),
     ):
         cards = [
-            card(image.path, image.prompt, [f"{side}, {name}: {image.numbers[name]:.4f}"])
-            for pair in some
-            for side, image in zip("AB", pair, strict=True)
-            if image.path is not None
-        ]
+            card(old.prompt, *((image.path, [f"{side}: {image.numbers[name]:.4f}"])
+                               for side, image in (("A", old), ("B", new))))
+            for old, new in some
+            if old.path is not None or new.path is not None
+        ]  # fmt: skip
         if cards:
             sections.append({"title": title, "cards": cards})
-    return render(title="Comparison", lead=lead(found), heads=HEADS, lines=lines(found), sections=sections)
+    drawn = [
+        (f"{score}: B - A", means_chart({group: value["difference"] for group, value in _groups(groups)}, zero=True))
+        for score, groups in found["scores"].items()
+    ]
+    return render(
+        title="Comparison", lead=lead(found), heads=HEADS, lines=lines(found), charts=drawn, sections=sections
+    )

@@ -36,14 +36,15 @@ def open_policy(path: str, *, lora: str | None = None, device: str = "auto", dty
         chosen = read_yaml(run / "config.yaml")["policy"]
         path, revision = chosen["path"], chosen.get("revision")
         if chosen.get("train") == "full":
-            whole = adapter / "transformer"
+            whole = adapter
         else:
             lora = str(adapter)
     settings = None if lora is None else LoraSettings(source=lora)
     policy = load_policy(path, device=device, dtype=dtype, lora=settings, train="none", revision=revision)
     if whole is not None:
-        transformer = policy.pipeline.transformer
-        transformer.load_state_dict(type(transformer).from_pretrained(whole).state_dict())
+        network = policy.denoiser
+        trained = type(network).from_pretrained(whole, subfolder=policy.backbone.network_part)
+        network.load_state_dict(trained.state_dict())
     return policy
 
 

@@ -54,6 +54,8 @@ def train(
 
     folder = Path(out)
     _check_new(folder, resume)
+    if what != "head" and (hidden or inputs != "image_text"):
+        raise UserError(f"got hidden layers or inputs with --train {what}; expected them with head; leave them out")
     if Path(body).expanduser().is_dir():  # the scorer must find it from anywhere
         body = str(Path(body).expanduser().resolve())
     try:
@@ -111,7 +113,7 @@ def pairs(
     from flowrl.config import parse_yaml
     from flowrl.images import Item, find
     from flowrl.policies.loading import find_device
-    from flowrl.rewards import load_reward
+    from flowrl.rewards import ask_elsewhere, load_reward
     from reward_models.judges.build import as_judge
     from reward_models.training.pairs import sift
 
@@ -124,9 +126,11 @@ def pairs(
     for item in find([images]):
         by_prompt.setdefault(item.prompt_id, []).append(item)
     where = find_device(device)
-    scorer = load_reward(parse_yaml(score, "--score"), where)
+    ranking, scoring = parse_yaml(rank, "--rank"), parse_yaml(score, "--score")
+    ask_elsewhere(ranking, scoring)
+    scorer = load_reward(scoring, where)
     try:
-        judge = as_judge(parse_yaml(rank, "--rank"), where)
+        judge = as_judge(ranking, where)
     except ValueError as error:
         raise UserError(str(error)) from error
     if scorer.spec.scope != "point":

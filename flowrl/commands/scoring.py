@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowrl import score_table as table
+from flowrl.commands.progress import Progress
 from flowrl.config import parse_yaml
 from flowrl.errors import UserError
-from flowrl.images import Item, Unreadable, digest, find, read_image
+from flowrl.images import MANIFESTS, Item, Unreadable, digest, find, read_image
 from flowrl.score_table import ScoreRow
 from flowrl.statistics import Estimate
 
@@ -51,15 +53,16 @@ def load_rewards(text: str, device: str = "auto") -> dict[str, Reward]:
     or a YAML list of names and mappings. `{name: {option: value}}` without a weight is one reward with options.
     """
     from flowrl.policies.loading import find_device
-    from flowrl.rewards import load_reward
+    from flowrl.rewards import ask_elsewhere, load_reward
 
-    entries = parse_yaml(text, "--reward") if text.lstrip().startswith(("{", "[")) else text.split(",")
+    entries = reward_entries(text)
     target = find_device(device)
     found: dict[str, Reward] = {}
-    for entry in entries if isinstance(entries, list) else [entries]:
+    ask_elsewhere(*entries)
+    for entry in entries:
         if isinstance(entry, str):
-            name, reward = entry.strip(), load_reward(entry.strip(), target)
-        elif isinstance(entry, dict) and len(entry) == 1 and _options_only(next(iter(entry.values()))):
+            name, reward = entry, load_reward(entry, target)
+        elif _is_one_with_options(entry):
             ((name, options),) = entry.items()
             reward = load_reward(name, target, **options)
         else:
@@ -71,8 +74,43 @@ def load_rewards(text: str, device: str = "auto") -> dict[str, Reward]:
     return found
 
 
-def _options_only(options: object) -> bool:
+def reward_entries(text: str) -> list[Any]:
+    """What `--reward` names: a specification of a reward for each column."""
+    parsed = parse_yaml(text, "--reward") if text.lstrip().startswith(("{", "[")) else text.split(",")
+    entries = [
+        each.strip() if isinstance(each, str) else each for each in (parsed if isinstance(parsed, list) else [parsed])
+    ]
+    if not entries:
+        raise UserError("--reward names no reward; expected at least one, such as --reward jpeg")
+    return entries
+
+
+def _is_one_with_options(entry: Any) -> bool:
+    """Whether it is `{name: {option: value}}` without a weight."""
+    if not isinstance(entry, dict) or len(entry) != 1:
+        return False
+    (options,) = entry.values()
     return isinstance(options, dict) and "weight" not in options
+
+
+def check_rewards(text: str) -> None:
+    """Refuse in seconds what `load_rewards` would: unknown names, bad grammar, servers that are not there.
+
+    No weights are loaded; a reward of one's own is looked for when it is loaded.
+    """
+    from flowrl.rewards import ask_elsewhere, load_reward
+    from reward_models import loading, recipe
+
+    entries = reward_entries(text)
+    ask_elsewhere(*entries)
+    for entry in entries:
+        try:
+            names = [*entry] if _is_one_with_options(entry) else list(recipe.names(recipe.parse(entry)))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for name in names:
+            if ":" not in name and name not in loading.BUILT_IN and not loading.is_folder(name):
+                load_reward(name)  # raises, and says which is the nearest
 
 
 def score(
@@ -84,12 +122,20 @@ def score(
     Images whose file, prompt and metadata are those of a row that has the score already are not scored again.
     """
     found = find(sources, prompts, texts)
-    written = [*outs] or [(Path(sources[0]) if Path(sources[0]).is_dir() else Path()) / "scores.jsonl"]
+    written = [*outs] or [_home(sources) / "scores.jsonl"]
     for out in written:
         if out.suffix not in OUTPUTS:
             raise UserError(f"got --out {out}; expected a name that ends in {', '.join(OUTPUTS)}")
-    store = next((out for out in written if out.suffix == ".jsonl"), written[0].with_suffix(".jsonl"))
-    done = score_items(found, load_rewards(reward, device), store)
+    tables = [out for out in written if out.suffix == ".jsonl"] or [written[0].with_suffix(".jsonl")]
+    if len(set(tables)) > 1:
+        raise UserError(f"got --out {tables[0]} and {tables[1]}; expected one table that ends in .jsonl")
+    store = tables[0]
+    read = {Path(source).resolve() for source in (*sources, *filter(None, [prompts]))}
+    if lost := [out for out in (store, *written) if out.resolve() in read]:
+        raise UserError(f"{lost[0]} is what is read; expected another file to write to; name it with --out")
+    for out in (store, *written):
+        table.make_folder(out.parent)  # now, and not when everything is scored
+    done = score_items(found, load_rewards(reward, device), store, say=say)
     for out in written:
         if out.suffix == ".csv":
             table.replace(out, table.to_csv(done.rows))
@@ -99,16 +145,33 @@ def score(
             table.replace(out, page(done, {item.image: item.path for item in found}))
     for name in done.columns:
         missing = sum(row["scores"].get(name) is None for row in done.rows)
-        say(f"{name} of {len(done.rows)} images, {missing} without a score")
+        say(f"{name} of {len(done.rows)} images, {missing} without a score{_why(done.rows, name)}")
         for label, part in [("score", None), *((part, part) for part in _parts(done.rows, name))]:
             value = table.estimate(done.rows, name, part)
-            say(f"  {label:<20}{value.mean:.4f}{_interval(value)}")
-    say(done.throughput())
+            say(f"  {label:<20}{_mean(value)}{_interval(value)}")
+    say(f"{_what(done.rows)}; {done.throughput()}")
     say(f"written to {', '.join(map(str, dict.fromkeys([store, *written])))}")
     return store
 
 
-def score_items(found: Sequence[Item], rewards: Mapping[str, Reward], store: Path, *, batch: int = BATCH) -> Scored:
+def _home(sources: Sequence[str | Path]) -> Path:
+    """Where the table goes unless told otherwise: to which its names of images are relative."""
+    source = Path(sources[0])
+    if source.is_dir():
+        return source
+    return source.parent if source.suffix.lower() in MANIFESTS else Path()
+
+
+def _why(rows: Sequence[ScoreRow], name: str) -> str:
+    """The most common reason of a missing score."""
+    reasons = Counter(row["reasons"].get(name) for row in rows if row["scores"].get(name, 0.0) is None)
+    return f" ({reasons.most_common(1)[0][0]})" if reasons else ""
+
+
+def score_items(
+    found: Sequence[Item], rewards: Mapping[str, Reward], store: Path, *, batch: int = BATCH,
+    say: Callable[[str], None] = lambda line: None,
+) -> Scored:  # fmt: skip
     """Score items with each reward into the table at `store`, which is resumed.
 
     An image that cannot be read, or that alone makes a reward raise, is missing with the reason.
@@ -123,14 +186,18 @@ def score_items(found: Sequence[Item], rewards: Mapping[str, Reward], store: Pat
     table.open_columns(store, specs)
     rows = {item.image: _row(item, old.get(item.image)) for item in found}
     todo = {name: _to_score(name, reward.spec.scope, found, rows) for name, reward in rewards.items()}
-    new = sum(map(len, todo.values()))
+    new, over = sum(map(len, todo.values())), 0
+    tell = Progress(say, new, "scores computed")
     start = time.perf_counter()
     for sets in (False, True):  # rewards of the whole set come last, in one batch
         chosen = {name: reward for name, reward in rewards.items() if (reward.spec.scope == "set") == sets}
         wanted = [item for item in found if any(item.image in todo[name] for name in chosen)]
-        for part, pictures in _loaded(_batches(wanted, len(wanted) if sets else batch)):
+        whole = any(reward.spec.scope == "group" for reward in chosen.values())
+        for part, pictures in _loaded([wanted] if sets and wanted else _batches(wanted, batch, whole)):
             for name, reward in chosen.items():
-                _score_batch(name, reward, [item for item in part if item.image in todo[name]], pictures, rows)
+                some = [item for item in part if item.image in todo[name]]
+                _score_batch(name, reward, some, pictures, rows)
+                tell(over := over + len(some))
             table.append(store, [rows[item.image] for item in part])
     table.finish(store, list(rows.values()))
     columns, _ = table.read(store)
@@ -155,8 +222,10 @@ def _row(item: Item, old: ScoreRow | None) -> ScoreRow:
     sha256, tag = digest(item.path), item.metadata.get("tag")
     row = ScoreRow(
         image=item.image, prompt=item.prompt, prompt_id=item.prompt_id, tag=None if tag is None else str(tag),
-        sha256=sha256, scores={}, parts={}, reasons={}, metadata=item.metadata, seed_index=item.seed_index,
+        sha256=sha256, scores={}, parts={}, reasons={}, metadata=item.metadata,
     )  # fmt: skip
+    if item.seed_index is not None:
+        row["seed_index"] = item.seed_index
     same = ("prompt", "sha256", "metadata")
     if old is not None and sha256 is not None and all(old[key] == row[key] for key in same):  # type: ignore[literal-required]
         row |= {"scores": dict(old["scores"]), "parts": dict(old["parts"]), "reasons": dict(old["reasons"])}
@@ -175,8 +244,10 @@ def _to_score(name: str, scope: str, found: Sequence[Item], rows: Mapping[str, S
     return {item.image for item in found if item.prompt_id in prompts or (lacking and scope == "set")}
 
 
-def _batches(found: Sequence[Item], size: int) -> list[list[Item]]:
-    """About `size` images each, without cutting the images of one prompt apart (group-wise rewards need them)."""
+def _batches(found: Sequence[Item], size: int, whole: bool) -> list[list[Item]]:
+    """About `size` images each. whole: never cut the images of one prompt apart, as group-wise rewards need them."""
+    if not whole:
+        return [list(found[start : start + size]) for start in range(0, len(found), size)]
     groups: dict[int, list[Item]] = {}
     for item in found:
         groups.setdefault(item.prompt_id, []).append(item)
@@ -291,32 +362,48 @@ def _parts(rows: Sequence[ScoreRow], name: str) -> list[str]:
     return list(dict.fromkeys(part for row in rows for part in row["parts"].get(name, ())))
 
 
-def _interval(value: Estimate) -> str:
-    return "" if math.isnan(value.low) else f"   95 % interval {value.low:.4f} to {value.high:.4f}"
+def _mean(value: Estimate) -> str:
+    return "–" if math.isnan(value.mean) else f"{value.mean:.4f}"
+
+
+def _interval(value: Estimate, before: str = "   95 % interval ") -> str:
+    return "" if math.isnan(value.low) else f"{before}{value.low:.4f} to {value.high:.4f}"
+
+
+def _what(rows: Sequence[ScoreRow]) -> str:
+    """What `score_table.estimate` gives the mean of."""
+    tags = {row["tag"] for row in rows}
+    return f"Means are those of the {len(tags)} task means" if len(tags) > 1 and all(tags) else "Means are over images"
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
 def page(done: Scored, paths: Mapping[str, Path], title: str = "Scores") -> str:
-    """A self-contained page: means with intervals, and thumbnails from the highest score to the lowest."""
-    from flowrl.pages import card, render
+    """A self-contained page: means with intervals, those of the tasks, and thumbnails from the highest score down."""
+    from flowrl.pages import card, means_chart, render
 
     names = list(done.columns)
-    lines = []
+    by_task: dict[str, list[ScoreRow]] = {}
+    for row in done.rows:
+        by_task.setdefault(row["tag"] or "no task", []).append(row)
+    lines, drawn = [], []
     for name in names:
         value = table.estimate(done.rows, name)
         missing = sum(row["scores"].get(name) is None for row in done.rows)
-        lines.append([name, f"{value.mean:.4f}{_interval(value)}", str(missing)])
+        lines.append([name, _mean(value), _interval(value, ""), str(missing)])
+        if len(by_task) > 1 and missing < len(done.rows):
+            tasks = {task: table.as_dict(table.estimate(rows, name, by_task=False)) for task, rows in by_task.items()}
+            drawn.append((f"{name}: mean of each task", means_chart(tasks)))
 
     def cards(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
-        return [card(paths[row["image"]], row["prompt"], _lines(row, names)) for row in rows]
+        return [card(row["prompt"], (paths[row["image"]], _lines(row, names))) for row in rows]
 
     ranked = sorted(done.rows, key=lambda row: -_rank(row, names[0]))
     sections = [{"title": f"By {names[0]}, highest first", "cards": cards(ranked[:CARDS])}]
     if rest := ranked[max(CARDS, len(ranked) - CARDS) :]:
         sections.append({"title": "The other end", "cards": cards(rest)})
     return render(
-        title=title, lead=f"{len(done.rows)} images; intervals (95 %) are bootstrap over prompts.",
-        heads=["score", "mean", "missing"], lines=lines, sections=sections,
+        title=title, lead=f"{len(done.rows)} images. {_what(done.rows)}; intervals are bootstrap over prompts.",
+        heads=["score", "mean", "95 % interval", "missing"], lines=lines, charts=drawn, sections=sections,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Policies: diffusers pipelines (SD3, FLUX) and a closed-form Gaussian flow, behind one protocol."""
+"""Policies: diffusers pipelines (flow and diffusion models) and a closed-form Gaussian flow, behind one protocol."""
 
 from flowrl.policies.conditioning import Conditioning
 from flowrl.policies.gaussian import GaussianPolicy

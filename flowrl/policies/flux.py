@@ -15,7 +15,8 @@ from flowrl.policies.sd3 import dynamic, dynamic_mu
 class Flux:
     """Encoding, velocity and s-grid of a `FluxPipeline`. Latents are (C, h, w) outside and packed 2 x 2 inside."""
 
-    pipeline_class = "FluxPipeline"
+    pipeline_classes = ("FluxPipeline",)
+    network_part = "transformer"
     text_parts = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
     # Flow-GRPO's choice: attention and feed-forward of the double-stream blocks, attention of the single-stream ones
@@ -28,7 +29,8 @@ class Flux:
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None):
         """max_sequence_length: T5 tokens, None for diffusers' 512."""
-        self.pipeline = pipeline
+        self.pipeline, self.clock = pipeline, None
+        self.zero_negative = False
         self.latent_channels = pipeline.transformer.config.in_channels // 4
         self.pixel_multiple = pipeline.vae_scale_factor * 2
         self.resolution = pipeline.default_sample_size * pipeline.vae_scale_factor
@@ -63,7 +65,7 @@ class Flux:
             )
         n, channels, height, width = latents.shape
         embeds = rows["embeds"]
-        packed = self.pipeline._pack_latents(latents, n, channels, height, width)  # (N, h/2 w/2, 4 C)
+        packed = self.pipeline._pack_latents(latents.to(embeds.dtype), n, channels, height, width)  # (N, h/2 w/2, 4 C)
         v = network(
             hidden_states=packed,
             timestep=s,  # the network multiplies by 1000 itself

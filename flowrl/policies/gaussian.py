@@ -176,7 +176,6 @@ class GaussianPolicy:
     function gets x0 back with `GaussianPolicy.read(images)`.
     """
 
-    prior_std = 1.0
     resolution = 1
 
     def __init__(self, dim: int = 2, std: float = 0.5, device: str | torch.device = "cpu"):
@@ -194,6 +193,10 @@ class GaussianPolicy:
     def sigmas(self, steps: int, height: int | None = None, width: int | None = None) -> Tensor:
         """float64 (steps + 1,): evenly spaced from 1 to 0."""
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def prior_std(self, s: float) -> float:
+        """1, the std of the noise of a flow."""
+        return 1.0
 
     def encode(self, prompts: Sequence[str], negative: str = "") -> Conditioning:
         """{"mean": (N, D)} read from the prompts; the unconditional row is the mean 0. Raises UserError."""

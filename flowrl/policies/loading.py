@@ -17,6 +17,7 @@ from flowrl.policies.weights import LoraSettings
 
 QUANTIZE = ("int8", "nf4")
 ATTENTION = ("native", "xformers", "flash")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of pipelines that are not loaded
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
@@ -46,21 +47,22 @@ def load_policy(
     max_sequence_length: int | None = None,
     reference: bool = True,
 ) -> PipelinePolicy:
-    """Load a diffusers SD3 or FLUX pipeline as a policy.
+    """Load a diffusers pipeline as a policy: SD3, FLUX.1, Stable Diffusion 1.x and 2.x, SDXL, or an LCM.
 
     Args:
         path: name of a bundled model ("tiny-sd3"), a pipeline folder, or a hub id ("owner/name"). A folder that has the
             name of a bundled model is written "./tiny-sd3".
         dtype: what the network computes in: "float32", "bfloat16" or "float16". Latents, trained weights stay float32.
         device: "cpu", "cuda", "cuda:1" or "auto" (CUDA if there is one).
-        quantize: keep the frozen transformer as "int8" or "nf4" (bitsandbytes through diffusers; needs CUDA).
+        quantize: keep the frozen network as "int8" or "nf4" (bitsandbytes through diffusers; needs CUDA).
         attention: "native" (PyTorch), "xformers" or "flash", where the model class can use it.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         lora: adapter settings; None for the defaults.
-        train: "lora"; "full" (all transformer weights); "none" (nothing; a LoRA given by `lora.source` still applies).
+        train: "lora"; "full" (all the network's weights); "none" (nothing; a LoRA given by `lora.source` still applies).
         cache_dir: folder for the prompt-embedding cache; None for no cache.
         revision: branch, tag or commit of a hub model.
         max_sequence_length: T5 tokens; None for the pipeline's default (0 where an SD3 folder's T5 is a zero stand-in).
+            Models without a T5 take none.
         reference: whether full fine-tuning keeps a frozen float32 copy as weights("reference"); LoRA has it for free.
 
     Raises UserError, which says what to do, for everything a user can get wrong here.
@@ -85,7 +87,7 @@ def load_policy(
     with torch.cuda.device(where) if where.type == "cuda" else nullcontext():  # quantised weights go to the current one
         pipeline = _load_pipeline(source, index, DTYPES[dtype], quantize, revision, train)
     if attention != "native":
-        set_attention(pipeline.transformer, attention)
+        set_attention(getattr(pipeline, BACKBONES[index["_class_name"]].network_part), attention)
     return PipelinePolicy(
         pipeline, name=str(path), dtype=dtype, device=where, train=train, lora=lora, cache_dir=cache_dir,
         gradient_checkpointing=gradient_checkpointing, max_sequence_length=max_sequence_length,
@@ -156,18 +158,18 @@ def _check_quantize(quantize: str, device: torch.device, train: str) -> None:
         )
 
 
-def set_attention(transformer: Any, attention: str) -> None:
+def set_attention(network: Any, attention: str) -> None:
     """Choose the attention backend by diffusers' own switch.
 
     Raises UserError where the backend's package is missing, or the model class would ignore the switch without a word.
     """
-    if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules()):
+    if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
         raise UserError(
-            f"got attention {attention!r} for {type(transformer).__name__}, which ignores diffusers' attention switch; "
+            f"got attention {attention!r} for {type(network).__name__}, which ignores diffusers' attention switch; "
             "expected 'native', which uses PyTorch's fused kernels; set attention to native"
         )
     try:
-        transformer.set_attention_backend(attention)
+        network.set_attention_backend(attention)
     except (RuntimeError, ImportError, ValueError) as error:  # the package is missing, too old, or cannot run here
         package = {"xformers": "xformers", "flash": "flash-attn"}[attention]
         raise UserError(
@@ -198,10 +200,10 @@ def model_index(source: str, revision: str | None) -> dict:
     if kind not in BACKBONES:
         raise UserError(
             f"got a model of pipeline class {kind!r}; expected one of {sorted(BACKBONES)}; "
-            "use an SD3, SD3.5 or FLUX.1 text-to-image model"
+            "use a text-to-image model of Stable Diffusion (1.x, 2.x, XL, 3.x), FLUX.1 or an LCM"
         )
     if Path(source).is_dir():  # a tokenizer without files would load, and fail at the first prompt
-        parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
+        parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] and name not in UNUSED]
         absent = [name for name in parts if not (Path(source) / name).is_dir()]
         if absent:
             raise UserError(
@@ -260,17 +262,19 @@ def _load_pipeline(
     # diffusers 0.42 renamed torch_dtype to dtype
     dtype_key = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     master = torch.float32 if train == "full" else dtype  # full fine-tuning updates float32 weights
-    parts = {}
+    part = BACKBONES[index["_class_name"]].network_part
+    parts: dict[str, Any] = {name: None for name in UNUSED if name in index}
+    if "requires_safety_checker" in index:
+        parts["requires_safety_checker"] = False
     if index["_class_name"] == "StableDiffusion3Pipeline":  # from_pretrained must be told that a model has no T5
-        parts = {name: None for name in ("text_encoder_3", "tokenizer_3") if not index.get(name, [None])[0]}
+        parts |= {name: None for name in ("text_encoder_3", "tokenizer_3") if not index.get(name, [None])[0]}
     try:
         if quantize is not None:
-            transformer_class = getattr(diffusers, index["transformer"][1])
-            parts["transformer"] = transformer_class.from_pretrained(
-                source, subfolder="transformer", revision=revision,
+            parts[part] = getattr(diffusers, index[part][1]).from_pretrained(
+                source, subfolder=part, revision=revision,
                 quantization_config=_quantization(quantize, dtype), **{dtype_key: dtype},
             )  # fmt: skip
-        dtypes = {"transformer": master, "vae": torch.float32, "default": dtype}
+        dtypes = {part: master, "vae": torch.float32, "default": dtype}
         return pipeline_class.from_pretrained(source, revision=revision, **{dtype_key: dtypes}, **parts)
     except (OSError, ValueError, SafetensorError) as error:  # absent, cut short, or weights of another config
         raise UserError(

@@ -16,23 +16,24 @@ from flowrl.errors import UserError
 from flowrl.policies.conditioning import Conditioning, EmbeddingCache, content_hash
 from flowrl.policies.flux import Flux
 from flowrl.policies.sd3 import SD3
+from flowrl.policies.unet import StableDiffusion, StableDiffusionXL
+from flowrl.policies.vp import vp_scale
 from flowrl.policies.weights import LoraSettings, WeightSets, add_lora
 
 log = logging.getLogger(__name__)
-BACKBONES = {backbone.pipeline_class: backbone for backbone in (SD3, Flux)}
+_ALL: tuple[Any, ...] = (SD3, Flux, StableDiffusion, StableDiffusionXL)
+BACKBONES: dict[str, Any] = {name: backbone for backbone in _ALL for name in backbone.pipeline_classes}
 ROWS = 8  # model calls have a multiple of this many rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PipelinePolicy:
-    """A `StableDiffusion3Pipeline` or `FluxPipeline` as a trainable flow (see `protocol.Policy`).
+    """A diffusers pipeline of one of the classes in `BACKBONES` as a trainable flow (see `protocol.Policy`).
 
     Number formats: latents, velocities, s and everything trainable are float32. The network computes in `dtype` (under
     autocast where that is not float32), its frozen weights and the text encoders are kept in it; the VAE stays float32.
     Modules are always in eval mode, so nothing is random inside the network.
     """
-
-    prior_std = 1.0
 
     def __init__(
         self,
@@ -68,13 +69,22 @@ class PipelinePolicy:
         self.train = train
         self.backbone = BACKBONES[kind](pipeline, max_sequence_length)
         self.resolution = self.backbone.resolution
-        self.network = pipeline.transformer  # what `predict` calls; a trainer may put a wrapped module here
+        self.network = self.denoiser  # what `predict` calls; a trainer may put a wrapped module here
         self.cache_dir = cache_dir
         self._cache: EmbeddingCache | None = None
         self._place(pipeline)
         self._make_trainable(lora, reference)
         if gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing()
+
+    @property
+    def denoiser(self) -> Any:
+        """The pipeline's network itself: its transformer or UNet."""
+        return getattr(self.pipeline, self.backbone.network_part)
+
+    def prior_std(self, s: float) -> float:
+        """Std of the initial noise at the first time s: 1 for flows; diffusion models begin at x_vp ~ N(0, 1)."""
+        return 1.0 if self.backbone.clock is None else 1 / float(vp_scale(s))
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of one latent of an image of height x width pixels. Raises UserError for sizes it cannot make."""
@@ -97,7 +107,10 @@ class PipelinePolicy:
         return self.backbone.latent_channels, height // scale, width // scale
 
     def sigmas(self, steps: int, height: int | None = None, width: int | None = None) -> Tensor:
-        """float64 (steps + 1,) from 1 to 0: the values of the pipeline's own scheduler, bit for bit in float32."""
+        """float64 (steps + 1,): the values of the pipeline's own scheduler, bit for bit in float32.
+
+        From 1 to 0 for flows; diffusion models begin below 1, and end above 0 where their scheduler does (see `vp`).
+        """
         if steps < 1:
             raise UserError(f"got {steps} denoising steps; expected at least 1")
         _, h, w = self.latent_shape(height, width)
@@ -112,15 +125,19 @@ class PipelinePolicy:
         """
         if isinstance(prompts, str) or not prompts:
             raise UserError(f"got prompts {prompts!r}; expected a non-empty list of strings")
-        guided = self.backbone.calls(2.0) == 2  # FLUX takes guidance as an input and has no unconditional row
+        guided = self.backbone.calls(2.0) == 2  # others take guidance as an input and have no unconditional row
         if negative and not guided:
             raise UserError(
                 f"got negative prompt {negative!r}; expected none for {self.name}, which cannot use it; leave it out"
             )
-        rows = self._embed([*prompts, negative] if guided else list(prompts))
+        zeros = self.backbone.zero_negative and not negative
+        rows = self._embed([*prompts, negative] if guided and not zeros else list(prompts))
         table = {key: torch.cat([rows[prompt][key] for prompt in prompts]).to(self.device) for key in rows[prompts[0]]}
-        uncond = {key: row.to(self.device) for key, row in rows[negative].items()} if guided else None
-        return Conditioning(table, uncond)
+        if not guided:
+            return Conditioning(table, None)
+        if zeros:
+            return Conditioning(table, {key: torch.zeros_like(value[:1]) for key, value in table.items()})
+        return Conditioning(table, {key: row.to(self.device) for key, row in rows[negative].items()})
 
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -157,7 +174,7 @@ class PipelinePolicy:
         if self._cache is None:  # hashing the encoders takes seconds for a large T5: once, when first needed
             parts = [getattr(self.pipeline, part) for part in self.backbone.text_parts]
             tokenizers = [getattr(self.pipeline, part) for part in self.backbone.tokenizers]
-            settings = [self.backbone.pipeline_class, self.backbone.max_sequence_length]
+            settings = [type(self.pipeline).__name__, self.backbone.max_sequence_length]
             self._cache = EmbeddingCache(self.cache_dir, content_hash(parts, tokenizers, settings))
         return self._cache
 
@@ -179,7 +196,8 @@ class PipelinePolicy:
         """Velocity v = e - x0, (N, C, h, w) float32, of latents (N, C, h, w) at times s (N,).
 
         Rows are padded to a multiple of 8 by repeating the last one: in one shape, other rows change no bit of a row.
-        `guidance` 1 is none; SD3 combines it from 2 rows per row in one forward, FLUX takes it as an input.
+        `guidance` 1 is none; it is combined from 2 rows per row in one forward (SD3, Stable Diffusion), or is an input
+        of the network (FLUX, latent consistency models).
         """
         n = len(latents)
         if not n == len(s) == len(cond):
@@ -190,14 +208,14 @@ class PipelinePolicy:
                 "conditioning from this policy's `encode`"
             )
         cond = cond.to(self.device)
-        latents, s = latents.to(self.device), s.to(self.device, torch.float32)
+        latents, s = latents.to(self.device, torch.float32), s.to(self.device, torch.float32)
         if n % ROWS:
             index = torch.arange(-(-n // ROWS) * ROWS, device=self.device).clamp(max=n - 1)
             latents, s, cond = latents[index], s[index], cond[index]
         rows = {key: value.to(self.dtype) for key, value in cond.rows.items()}
         uncond = None if cond.uncond is None else {key: value.to(self.dtype) for key, value in cond.uncond.items()}
         with self.autocast():
-            v = self.backbone.velocity(self.network, latents.to(self.dtype), s, rows, uncond, guidance)
+            v = self.backbone.velocity(self.network, latents, s, rows, uncond, guidance)
         return v[:n]
 
     def calls(self, guidance: float = 1.0) -> int:
@@ -205,7 +223,7 @@ class PipelinePolicy:
         return self.backbone.calls(guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (N, 3, H, W) float32 in [0, 1] of latents (N, C, h, w); differentiable.
+        """Images (N, 3, H, W) float32 in [0, 1] of latents (N, C, h, w) at the last of `sigmas`; differentiable.
 
         Images are decoded in calls of one fixed shape (8 rows for small images, 1 for large ones) and so depend on
         their latent only; under gradients each call is recomputed in the backward pass. From 1024 px on, tiled.
@@ -215,7 +233,10 @@ class PipelinePolicy:
         vae.enable_tiling() if pixels >= 1024**2 else vae.disable_tiling()
         chunk = max(1, min(ROWS, 1024**2 // pixels))
         shift = vae.config.shift_factor or 0.0
-        z = latents.to(self.device, torch.float32) / vae.config.scaling_factor + shift
+        z = latents.to(self.device, torch.float32)
+        if self.backbone.clock is not None:
+            z = z * float(vp_scale(self.backbone.clock.final))  # x_vp, in which diffusion models end
+        z = z / vae.config.scaling_factor + shift
 
         def images(part: Tensor) -> Tensor:
             part = part.contiguous(memory_format=torch.channels_last)
@@ -245,7 +266,7 @@ class PipelinePolicy:
         self._frozen_reference &= target != "reference"
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Names (of the transformer's parameters) and parameters that an optimizer may change."""
+        """Names (of the network's parameters) and parameters that an optimizer may change."""
         return list(self.sets.current.items())
 
     def named_states(self) -> dict[str, Tensor]:
@@ -265,8 +286,8 @@ class PipelinePolicy:
         self._frozen_reference &= not any(key.startswith("reference/") for key in states)
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part: "transformer", "vae", "text_encoders", "trainable", and each kept weight set as "set:NAME"."""
-        parts = {"transformer": [self.pipeline.transformer], "vae": [self.pipeline.vae]}
+        """Bytes by part: "transformer" or "unet", "vae", "text_encoders", "trainable", each kept set as "set:NAME"."""
+        parts = {self.backbone.network_part: [self.denoiser], "vae": [self.pipeline.vae]}
         parts["text_encoders"] = [getattr(self.pipeline, part) for part in self.backbone.text_parts]
         sizes = {
             name: sum(p.nbytes for module in modules if module is not None for p in module.parameters())
@@ -277,18 +298,18 @@ class PipelinePolicy:
 
     def _place(self, pipeline: Any) -> None:
         """Freeze, set eval mode, and bring each part to its number format and device."""
-        for part in ("transformer", "vae", *self.backbone.text_parts):
+        for part in (self.backbone.network_part, "vae", *self.backbone.text_parts):
             if getattr(pipeline, part) is not None:
                 getattr(pipeline, part).requires_grad_(False).eval()
         _move(pipeline.vae, self.device, torch.float32)
         pipeline.vae.to(memory_format=torch.channels_last)  # a fifth faster, on CPUs too
-        if not getattr(pipeline.transformer, "is_quantized", False):  # those are loaded in their final form and place
+        if not getattr(self.denoiser, "is_quantized", False):  # those are loaded in their final form and place
             # full fine-tuning updates float32 master weights
-            _move(pipeline.transformer, self.device, torch.float32 if self.train == "full" else self.dtype)
+            _move(self.denoiser, self.device, torch.float32 if self.train == "full" else self.dtype)
         # text encoders stay where they are until first used
 
     def _make_trainable(self, lora: LoraSettings | None, reference: bool) -> None:
-        transformer = self.pipeline.transformer
+        denoiser = self.denoiser
         self._frozen_reference = False  # True: the set "reference" is the base as loaded
         if self.train == "full":
             if lora is not None and lora.source is not None:
@@ -296,34 +317,32 @@ class PipelinePolicy:
                     f"got a LoRA to start from ({lora.source!r}) with train 'full'; expected train 'lora'; "
                     "to train all weights on top of a LoRA, fuse it into the model first"
                 )
-            if getattr(transformer, "is_quantized", False):
+            if getattr(denoiser, "is_quantized", False):
                 raise UserError(
                     "got train 'full' with a quantised base; expected train 'lora'; quantised weights are fixed"
                 )
-            transformer.requires_grad_(True)
-            self.sets = WeightSets(dict(transformer.named_parameters()))
+            denoiser.requires_grad_(True)
+            self.sets = WeightSets(dict(denoiser.named_parameters()))
             if not reference:
                 return
             with torch.no_grad():
                 self.sets.copy("current", "reference")
             self._frozen_reference = True
             size = self.sets.nbytes()["reference"] / 2**20
-            log.info(
-                "full fine-tuning keeps a frozen float32 copy of the transformer: %.0f MiB on %s", size, self.device
-            )
+            log.info("full fine-tuning keeps a frozen float32 copy of the network: %.0f MiB on %s", size, self.device)
             return
         if self.train == "none" and (lora is None or lora.source is None):
             self.sets = WeightSets({}, adapters=lambda on: None)
             return
-        add_lora(self.pipeline, lora or LoraSettings(), self.backbone.lora_targets)
-        adapter = {name: p for name, p in transformer.named_parameters() if ".lora_" in name}
+        add_lora(self.pipeline, self.backbone.network_part, lora or LoraSettings(), self.backbone.lora_targets)
+        adapter = {name: p for name, p in denoiser.named_parameters() if ".lora_" in name}
         for parameter in adapter.values():
             parameter.data = parameter.data.to(self.device, torch.float32)
             parameter.requires_grad_(self.train == "lora")
-        transformer.eval()
+        denoiser.eval()
 
         def switch(on: bool) -> None:
-            transformer.enable_adapters() if on else transformer.disable_adapters()
+            denoiser.enable_adapters() if on else denoiser.disable_adapters()
             for parameter in adapter.values():  # switching on makes peft ask for gradients, wanted or not
                 parameter.requires_grad_(on and self.train == "lora")
 
@@ -337,7 +356,7 @@ class PipelinePolicy:
         with ExitStack() as stack:
             if self.dtype != torch.float32:
                 stack.enter_context(torch.autocast(self.device.type, self.dtype))
-                if self.device.type == "cpu" and not self.pipeline.transformer.is_gradient_checkpointing:
+                if self.device.type == "cpu" and not self.denoiser.is_gradient_checkpointing:
                     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
 

@@ -20,13 +20,15 @@ class Policy(Protocol):
     name: str
     device: torch.device
     resolution: int  # side of the square image the model was made for, in pixels
-    prior_std: float  # std of the initial noise at the first s
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of one latent of a height x width image (None: `resolution`)."""
 
     def sigmas(self, steps: int, height: int | None = None, width: int | None = None) -> Tensor:
-        """The policy's own s-grid: float64, (steps + 1,), falling to 0."""
+        """The policy's own s-grid: float64, (steps + 1,), falling to 0 (or to the time that `decode` takes as done)."""
+
+    def prior_std(self, s: float) -> float:
+        """Std of the initial noise where s is the first time."""
 
     def encode(self, prompts: Sequence[str], negative: str = "") -> Conditioning:
         """One row of conditioning per prompt, and what the unguided half of guidance needs."""
@@ -38,7 +40,7 @@ class Policy(Protocol):
         """How many network rows one predicted row costs (2 under classifier-free guidance)."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of finished latents (s = 0); differentiable."""
+        """Images of finished latents (at the last of `sigmas`); differentiable."""
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         """Use another weight set inside the block: "current", "reference", "old", "ema" or any copied name."""

@@ -11,7 +11,8 @@ from torch import Tensor
 class SD3:
     """Encoding, velocity and s-grid of a `StableDiffusion3Pipeline`; classifier-free guidance in one forward."""
 
-    pipeline_class = "StableDiffusion3Pipeline"
+    pipeline_classes = ("StableDiffusion3Pipeline",)
+    network_part = "transformer"
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     # Flow-GRPO's choice: joint attention only ("attn2", the second attention of SD3.5-medium, is left alone)
@@ -23,11 +24,12 @@ class SD3:
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None):
         """max_sequence_length: T5 tokens; None: 0 where the T5's output is exactly zero, else diffusers' 256."""
         config = pipeline.transformer.config
-        self.pipeline = pipeline
+        self.pipeline, self.clock = pipeline, None
         self.latent_channels = config.in_channels
         self.pixel_multiple = pipeline.vae_scale_factor * config.patch_size
         self.latent_limit = config.pos_embed_max_size * config.patch_size if config.pos_embed_max_size else None
         self.resolution = config.sample_size * pipeline.vae_scale_factor
+        self.zero_negative = False
         self.max_sequence_length = max_sequence_length
         if max_sequence_length is None:
             self.max_sequence_length = 0 if _t5_is_zero(pipeline.text_encoder_3) else 256
@@ -68,7 +70,7 @@ class SD3:
             pooled = torch.cat([uncond["pooled"].expand(n, -1), pooled])
             latents, s = torch.cat([latents, latents]), torch.cat([s, s])
         v = network(
-            hidden_states=latents,
+            hidden_states=latents.to(embeds.dtype),
             timestep=s * self.pipeline.scheduler.config.num_train_timesteps,
             encoder_hidden_states=embeds,
             pooled_projections=pooled,

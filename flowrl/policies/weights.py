@@ -1,6 +1,7 @@
 """Named weight sets, and LoRA adapters through peft."""
 
 import difflib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -148,14 +149,15 @@ class WeightSets:
             parameter.data, stored[key] = stored[key], parameter.data
 
 
-def add_lora(pipeline: Any, settings: LoraSettings, targets: tuple[str, ...]) -> None:
-    """Put an adapter on the pipeline's transformer, fresh or from `settings.source`.
+def add_lora(pipeline: Any, part: str, settings: LoraSettings, targets: tuple[str, ...]) -> None:
+    """Put an adapter on the pipeline's network (`part`: "transformer" or "unet"), fresh or from `settings.source`.
 
-    Raises UserError for unusable settings, targets that match nothing, or a file that is no LoRA of this transformer.
+    Raises UserError for unusable settings, targets that match nothing, or a file that is no LoRA of this network.
     """
     if settings.source is not None:
-        _load_lora(pipeline, settings.source)
+        _load_lora(pipeline, part, settings.source)
         return
+    network = getattr(pipeline, part)
     from peft import LoraConfig
 
     targets = tuple(settings.targets or targets)
@@ -164,7 +166,7 @@ def add_lora(pipeline: Any, settings: LoraSettings, targets: tuple[str, ...]) ->
     inits: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
     if settings.init not in inits:  # others (pissa, olora) rewrite the base, and with it the reference
         raise UserError(f"got LoRA init {settings.init!r}; expected one of {sorted(inits)}")
-    _check_targets(pipeline.transformer, targets)
+    _check_targets(network, targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # divided by r, so any number will do
@@ -173,23 +175,23 @@ def add_lora(pipeline: Any, settings: LoraSettings, targets: tuple[str, ...]) ->
     )
     with torch.random.fork_rng():  # the adapter is a function of its seed, not of what was drawn before
         torch.manual_seed(settings.seed)
-        pipeline.transformer.add_adapter(config, adapter_name=ADAPTER)
+        network.add_adapter(config, adapter_name=ADAPTER)
 
 
-def _check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+def _check_targets(network: nn.Module, targets: tuple[str, ...]) -> None:
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             ends = sorted({name.split(".", 2)[-1] for name in linear if name.count(".") >= 2})
             near = difflib.get_close_matches(target, ends, n=3) or ends[:8]
             raise UserError(
-                f"got LoRA target {target!r}, which is no linear layer of {type(transformer).__name__}; "
+                f"got LoRA target {target!r}, which is no linear layer of {type(network).__name__}; "
                 f"expected the end of a layer's name, such as {near}; or leave `targets` out for the published ones"
             )
 
 
-def _load_lora(pipeline: Any, source: str) -> None:
-    """Load a diffusers, kohya or peft LoRA of the transformer as the adapter to be trained."""
+def _load_lora(pipeline: Any, part: str, source: str) -> None:
+    """Load a diffusers, kohya or peft LoRA of the network as the adapter to be trained."""
     from safetensors import SafetensorError
 
     path = Path(source).expanduser()
@@ -204,56 +206,60 @@ def _load_lora(pipeline: Any, source: str) -> None:
     if not path.exists() and looks_local:
         raise UserError(f"{what}, which does not exist; {fix}; check the path")
     try:
-        state, alphas, metadata = _read_lora(pipeline, path if path.exists() else source)
+        state, alphas, metadata = _read_lora(pipeline, part, path if path.exists() else source)
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: a layout diffusers does not know
         raise UserError(
             f"{what}, which cannot be read ({error}); {fix}; check the path, or that the hub is reachable"
         ) from error
-    if not any(key.startswith("transformer.") for key in state):
+    if not any(key.startswith(f"{part}.") for key in state):
         raise UserError(
-            f"{what}, which holds no layer of a transformer (first key: {next(iter(state), None)!r}); "
-            f"expected keys that start with 'transformer.'; use a LoRA made for {type(pipeline).__name__}"
+            f"{what}, which holds no layer of a {part} (first key: {next(iter(state), None)!r}); "
+            f"expected keys that start with '{part}.'; use a LoRA made for {type(pipeline).__name__}"
         )
-    other = sorted({key.split(".")[0] for key in state} - {"transformer"})
+    other = sorted({key.split(".")[0] for key in state} - {part})
     if other:
         raise UserError(
-            f"{what}, which also changes {other}; expected a LoRA of the transformer only, for text encoders are not "
+            f"{what}, which also changes {other}; expected a LoRA of the {part} only, for text encoders are not "
             "trained; fuse those parts into the model first"
         )
-    missing = _missing_layers(pipeline.transformer, state)
+    network = getattr(pipeline, part)
+    missing = _missing_layers(network, part, state)
     if missing:
         raise UserError(
             f"{what}, whose layer {missing[0]!r} does not exist or has another shape here ({len(missing)} such); "
-            f"expected a LoRA made for this {type(pipeline.transformer).__name__}; use the base model it was trained on"
+            f"expected a LoRA made for this {type(network).__name__}; use the base model it was trained on"
         )
-    arguments = {"network_alphas": alphas} if _knows_alphas(pipeline) else {}
-    pipeline.load_lora_into_transformer(
-        state, transformer=pipeline.transformer, adapter_name=ADAPTER, metadata=metadata, **arguments
-    )
+    load = getattr(pipeline, f"load_lora_into_{part}")
+    arguments = {part: network} | ({"network_alphas": alphas} if _takes_alphas(load) else {})
+    load(state, adapter_name=ADAPTER, metadata=metadata, **arguments)
     log.info("LoRA from %s: its own rank, alpha and targets hold", source)
 
 
-def _read_lora(pipeline: Any, path: Path | str) -> tuple[dict[str, Tensor], dict | None, dict | None]:
-    """(state with `transformer.` keys, alphas per layer, LoraConfig fields), in diffusers' layout."""
+def _read_lora(pipeline: Any, part: str, path: Path | str) -> tuple[dict[str, Tensor], dict | None, dict | None]:
+    """(state with keys `PART.LAYER.lora_A.weight`, alphas per layer, LoraConfig fields)."""
     from safetensors.torch import load_file
 
     if isinstance(path, Path) and path.is_dir() and (path / "adapter_config.json").is_file():  # peft's own layout
         prefix = "base_model.model."
         state = {
-            f"transformer.{key.removeprefix(prefix)}": value
+            f"{part}.{key.removeprefix(prefix)}": value
             for key, value in load_file(path / "adapter_model.safetensors").items()
         }
         config = json.loads((path / "adapter_config.json").read_text())
         fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "lora_bias")
-        return state, None, {f"transformer.{field}": config[field] for field in fields if field in config}
+        return state, None, {f"{part}.{field}": config[field] for field in fields if field in config}
     if isinstance(path, Path) and path.is_dir():
         path = _only_lora(path)
     folder, name = (str(path.parent), path.name) if isinstance(path, Path) else (path, None)
-    flags = {"return_alphas": True} if _knows_alphas(pipeline) else {}
+    flags: dict[str, Any] = {}
+    if part == "unet":
+        flags["unet_config"] = pipeline.unet.config  # by which the blocks of kohya's SDXL files get diffusers' numbers
+    elif _takes_alphas(pipeline.load_lora_into_transformer):
+        flags["return_alphas"] = True
     state, *alphas, metadata = pipeline.lora_state_dict(
         folder, weight_name=name, return_lora_metadata=True, use_safetensors=True, **flags
     )
-    return state, (alphas[0] if alphas else None), metadata
+    return (_peft_names(state) if part == "unet" else state), (alphas[0] if alphas else None), metadata
 
 
 def _only_lora(folder: Path) -> Path:
@@ -264,17 +270,24 @@ def _only_lora(folder: Path) -> Path:
     return usual if usual in files else files[0]
 
 
-def _knows_alphas(pipeline: Any) -> bool:
-    """FLUX's loader takes files with an alpha per layer (kohya's); SD3's refuses them."""
-    return "Flux" in type(pipeline).__name__
+def _takes_alphas(load: Callable[..., Any]) -> bool:
+    """Loaders of FLUX and UNets take files with an alpha per layer (kohya's); SD3's refuses them."""
+    return "network_alphas" in inspect.signature(load).parameters
 
 
-def _missing_layers(transformer: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Adapter layers of `state` without a layer of matching shape in the transformer."""
-    modules = dict(transformer.named_modules())
+def _peft_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Older names of UNet adapters as peft has them: `LAYER.lora.down.weight` is `LAYER.lora_A.weight`."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    return convert_unet_state_dict_to_peft(dict(state))
+
+
+def _missing_layers(network: nn.Module, part: str, state: Mapping[str, Tensor]) -> list[str]:
+    """Adapter layers of `state` without a layer of matching shape in the network."""
+    modules = dict(network.named_modules())
     missing = []
     for key, value in state.items():
-        layer, found, _ = key.removeprefix("transformer.").partition(".lora_")
+        layer, found, _ = key.removeprefix(f"{part}.").partition(".lora_")
         weight = getattr(modules.get(layer), "weight", None)
         if not found or weight is None:
             missing.append(layer)

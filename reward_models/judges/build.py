@@ -61,6 +61,14 @@ def _check_compat(compat: str | None, *allowed: str) -> None:
         raise ValueError(f"got compat {compat!r}, expected {' or '.join(map(repr, allowed)) or 'none'}. Correct it.")
 
 
+def _check_no_pairs(mode: str, opponents: Any, order: Any, aggregate: Any, listener: Any) -> None:
+    if (opponents, order, aggregate) != ("all", None, "win_rate") or listener is not None:
+        raise ValueError(
+            f"got opponents, order, aggregate or a listener with mode {mode!r}, which rates images one by one, "
+            "expected them with a mode that compares two. Leave them out, or change the mode."
+        )
+
+
 def as_judge(judge: Any, device: str | torch.device = "cpu", threshold: float = 0.0) -> PairJudge:
     """A pairwise judge from whatever a config or a program names as one.
 
@@ -91,7 +99,7 @@ def as_judge(judge: Any, device: str | torch.device = "cpu", threshold: float = 
     )
 
 
-def _audited(judge: PairJudge, listener: Any, device: str | torch.device = "cpu") -> PairJudge:
+def _audited(judge: PairJudge, listener: Any, device: str | torch.device) -> PairJudge:
     if listener is None:
         return judge
     if isinstance(listener, Mapping) and "endpoint" in listener:
@@ -141,6 +149,7 @@ def unified_reward(
     listener: Any = None,
     seed: int = 0,
     compat: Literal["flow_grpo", "pref_grpo"] | None = None,
+    device: str | torch.device = "cpu",
 ) -> PointJudge | WinRate:
     """UnifiedReward (arXiv 2503.05236).
 
@@ -151,13 +160,18 @@ def unified_reward(
             "pair_rank", "pair_score" (2.0): the win rate among the images of a prompt.
         template_path: the original wording, instead of ours.
         weights: of the three axes, for "acs".
-        opponents, order, aggregate, listener, seed: see ``WinRate``, for pairs.
+        opponents, order, aggregate, listener, seed: see ``win_rate``, for pairs.
+        device: where a learned listener computes.
         compat: "flow_grpo" for "point": value / 5, 0 without a score, images stretched to 512 x 512; "pref_grpo" for
             "acs": a missing axis takes the batch's mean.
     """
     _chosen("mode", mode, dict.fromkeys(("point", "acs", "pair_rank", "pair_score")))
     _check_compat(compat, *{"point": ("flow_grpo",), "acs": ("pref_grpo",)}.get(mode, ()))
     opened, told = open_endpoint(endpoint, model), wording.load(f"unified_reward_{mode}", template_path)
+    if mode in ("point", "acs"):
+        _check_no_pairs(mode, opponents, order, aggregate, listener)
+    if weights is not None and mode != "acs":
+        raise ValueError(f"got weights with mode {mode!r}, expected them with mode 'acs'. Leave them out.")
     if mode == "point":
         released = compat == "flow_grpo"
         return PointJudge(
@@ -183,7 +197,7 @@ def unified_reward(
             complete=grammars.fill_axes if released else None,
         )
     parse = grammars.pair_rank if mode == "pair_rank" else grammars.pair_scores
-    judge = _audited(EndpointPairJudge(opened, told, parse, name=f"unified-reward {mode}"), listener)
+    judge = _audited(EndpointPairJudge(opened, told, parse, name=f"unified-reward {mode}"), listener, device)
     return WinRate(judge, opponents=opponents, order=order, aggregate=aggregate, seed=seed)
 
 
@@ -199,6 +213,7 @@ def unified_reward_think(
     listener: Any = None,
     seed: int = 0,
     compat: Literal["pref_grpo"] | None = None,
+    device: str | torch.device = "cpu",
 ) -> WinRate:
     """Win rate by UnifiedReward-Think (arXiv 2505.03318), the judge of Pref-GRPO.
 
@@ -215,7 +230,12 @@ def unified_reward_think(
         form="jpeg" if compat else "png",
     )
     return WinRate(
-        _audited(judge, listener), opponents=opponents, order=order, aggregate=aggregate, seed=seed, compat=compat
+        _audited(judge, listener, device),
+        opponents=opponents,
+        order=order,
+        aggregate=aggregate,
+        seed=seed,
+        compat=compat,
     )
 
 
@@ -232,6 +252,7 @@ def unified_reward_flex(
     listener: Any = None,
     seed: int = 0,
     compat: Literal["pref_grpo"] | None = None,
+    device: str | torch.device = "cpu",
 ) -> WinRate:
     """UnifiedReward-Flex: overall win rate and the mean of its category win rates, see ``flex_rewards``.
 
@@ -248,7 +269,7 @@ def unified_reward_flex(
         form="jpeg" if compat else "png",
     )
     return WinRate(
-        _audited(judge, listener),
+        _audited(judge, listener, device),
         opponents=opponents,
         order=order,
         aggregate="flex",
@@ -275,16 +296,10 @@ def edit_score(
     With several passes and no temperature in ``endpoint``, its own of 0.7 is taken.
     """
     _check_compat(compat, "editscore")
+    told = wording.load("edit_score_semantic", template_path), wording.load("edit_score_quality", quality_template_path)
+    opened = open_endpoint(endpoint, model, temperature=0.7 if passes > 1 else 0.0)
     return TwoQuestionScore(
-        open_endpoint(endpoint, model, temperature=0.7 if passes > 1 else 0.0),
-        wording.load("edit_score_semantic", template_path),
-        wording.load("edit_score_quality", quality_template_path),
-        name="edit-score",
-        high=25.0,
-        edit=True,
-        passes=passes,
-        reduction=reduction,
-        compat=compat,
+        opened, *told, name="edit-score", high=25.0, edit=True, passes=passes, reduction=reduction, compat=compat
     )
 
 
@@ -297,22 +312,16 @@ def viescore(
     quality_template_path: str | Path | None = None,
 ) -> TwoQuestionScore:
     """VIEScore for text to image (arXiv 2312.14867), in [0, 10]."""
-    return TwoQuestionScore(
-        open_endpoint(endpoint, model, temperature=0.7 if passes > 1 else 0.0),
-        wording.load("viescore_semantic", template_path),
-        wording.load("edit_score_quality", quality_template_path),
-        name="viescore",
-        high=10.0,
-        edit=False,
-        passes=passes,
-    )
+    told = wording.load("viescore_semantic", template_path), wording.load("edit_score_quality", quality_template_path)
+    opened = open_endpoint(endpoint, model, temperature=0.7 if passes > 1 else 0.0)
+    return TwoQuestionScore(opened, *told, name="viescore", high=10.0, edit=False, passes=passes)
 
 
 def vlm_judge(
     *,
     endpoint: Where,
     model: str | None = None,
-    mode: Literal["point", "aesthetic", "pair"] = "point",
+    mode: Literal["point", "aesthetic", "pair", "four_way"] = "point",
     reasoning: bool | None = None,
     template_path: str | Path | None = None,
     grammar: str | None = None,
@@ -322,6 +331,7 @@ def vlm_judge(
     listener: Any = None,
     seed: int = 0,
     compat: Literal["flow_grpo"] | None = None,
+    device: str | torch.device = "cpu",
 ) -> PointJudge | WinRate:
     """Any vision-language model as a judge.
 
@@ -329,25 +339,33 @@ def vlm_judge(
         endpoint: URL, or a mapping of ``ChatEndpoint``'s options.
         model: name under which the server knows it, unless the mapping has it.
         mode: "point": how well the image shows the prompt, in [1, 5]; "aesthetic": its beauty in five levels, the
-            prompt is not read; "pair": win rate among the images of a prompt.
+            prompt is not read; "pair": win rate among the images of a prompt; "four_way": the same with the question of
+            GenAI-Bench, in which a tie says whether both are good or both are bad.
         reasoning: True: the judge is asked to reason, and the switch of hybrid reasoners is sent (see
             ``ChatEndpoint``); False: it is to answer at once, and the switch is sent; None: to answer at once, and no
             switch is sent.
         template_path: own wording.
-        grammar: of the answer to it: "final_score", "score_tag", "pair_rank" or "answer_tag".
-        opponents, order, aggregate, listener, seed: see ``WinRate``, for pairs.
+        grammar: of the answer to it: "final_score", "score_tag", "pair_rank", "answer_tag" or "four_way".
+        opponents, order, aggregate, listener, seed: see ``win_rate``, for pairs.
+        device: where a learned listener computes.
         compat: "flow_grpo" for "aesthetic": value / 5, 0 without a score.
     """
-    default = _chosen("mode", mode, {"point": "final_score", "aesthetic": "score_tag", "pair": "pair_rank"})
+    defaults = {"point": "final_score", "aesthetic": "score_tag", "pair": "pair_rank", "four_way": "four_way"}
+    default = _chosen("mode", mode, defaults)
     _check_compat(compat, *(("flow_grpo",) if mode == "aesthetic" else ()))
     opened = open_endpoint(endpoint, model, thinking=reasoning)
-    names = {"point": "vlm_point", "pair": "vlm_pair", "aesthetic": "aesthetic"}
-    told = wording.load(names[mode] + ("" if reasoning or mode == "aesthetic" else "_direct"), template_path)
-    if mode == "pair":
-        verdicts = {"pair_rank": grammars.pair_rank, "answer_tag": grammars.think_verdict}
+    shipped = mode if mode == "aesthetic" else f"vlm_{mode}" + ("" if reasoning else "_direct")
+    told = wording.load(shipped, template_path)
+    if mode in ("pair", "four_way"):
+        verdicts = {
+            "pair_rank": grammars.pair_rank,
+            "answer_tag": grammars.think_verdict,
+            "four_way": grammars.four_way,
+        }
         parse: Callable[[str], grammars.Verdict] = _chosen("grammar", grammar or default, verdicts)
-        judge = _audited(EndpointPairJudge(opened, told, parse, name=f"vlm-judge {opened.model}"), listener)
+        judge = _audited(EndpointPairJudge(opened, told, parse, name=f"vlm-judge {opened.model}"), listener, device)
         return WinRate(judge, opponents=opponents, order=order, aggregate=aggregate, seed=seed)
+    _check_no_pairs(mode, opponents, order, aggregate, listener)
     numbers = {"final_score": grammars.final_score, "score_tag": grammars.score_tag}
     read: Callable[..., float] = _chosen("grammar", grammar or default, numbers)
     return PointJudge(
@@ -363,6 +381,7 @@ def unigenbench(
     *,
     endpoint: Where,
     model: str | None = None,
+    language: Literal["en", "zh"] = "en",
     template_path: str | Path | None = None,
     definitions_path: str | Path | None = None,
     attempts: int = 1,
@@ -372,6 +391,7 @@ def unigenbench(
     _check_compat(compat, "published")
     return UniGenBench(
         open_endpoint(endpoint, model),
+        language=language,
         template_path=template_path,
         definitions_path=definitions_path,
         attempts=attempts,

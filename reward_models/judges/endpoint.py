@@ -34,7 +34,9 @@ from .grammars import tried
 
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # worth another try
 CLOSED = {401, 403, 404, 405}  # what fails one question fails all of them
+UNLISTED = {404, 405, 501}  # the server is there, but does not tell its models
 RESERVED = {"model", "temperature", "seed", "max_tokens", "messages", "stream", "n"}
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}  # a proxy of the environment is for the outside world
 LARGEST = 8_000_000  # bytes of an answer; a server that sends more has lost its way
 
 
@@ -70,10 +72,10 @@ class Picture:
         return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def pictures(images: Tensor, form: str = "png") -> list[Picture]:
-    """(N, 3, H, W) in [0, 1] -> N pictures."""
-    pixels = (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    return [Picture(image, form) for image in pixels]
+def pictures(images: Tensor | Sequence[Tensor], form: str = "png") -> list[Picture]:
+    """(N, 3, H, W), or N images (3, H, W) of any sizes, in [0, 1] -> N pictures."""
+    pixels = [(image.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu() for image in images]
+    return [Picture(image.contiguous().numpy(), form) for image in pixels]
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class ChatEndpoint:
         workers: questions in flight at once.
         cache: folder in which answers are kept over runs, or None: in memory only.
         version: of the weights behind ``model``. It stands in the cache's key and in the rewards' ``spec``; without it
-            the URL does, so that another server with the same name does not inherit answers.
+            the URL does, so that another server with the same name does not inherit answers. A hash of temperature,
+            seed and the other settings stands there besides.
         thinking: switch of hybrid reasoners, sent as ``chat_template_kwargs: {enable_thinking: ...}``; None: not sent.
         api_key_env: environment variable that holds the key. The key itself never enters a config.
         extra: further fields of every request, for example ``{top_p: 0.9}``.
@@ -232,6 +235,8 @@ class ChatEndpoint:
             **({} if thinking is None else {"chat_template_kwargs": {"enable_thinking": thinking}}),
             **(extra or {}),
         }
+        asked = json.dumps({**self.settings, "seed": seed}, sort_keys=True)
+        self.fingerprint = f"{self.identity} {hashlib.sha256(asked.encode()).hexdigest()[:8]}"  # what answers depend on
         self.cache = AnswerCache(cache)
         self.counts: Counter[str] = Counter()  # asked, cached, tries, failed: since this object was made
         self._lock = threading.Lock()
@@ -256,10 +261,13 @@ class ChatEndpoint:
                 raise ValueError(f"got api_key_env {api_key_env!r}, but no such environment variable is set. Set it.")
             headers["Authorization"] = f"Bearer {key}"
         limits = httpx.Limits(max_connections=self.workers, max_keepalive_connections=self.workers)
-        return httpx.Client(headers=headers, limits=limits)
+        return httpx.Client(headers=headers, limits=limits, trust_env=host not in LOOPBACK)
 
     def check(self, timeout: float = 5.0) -> None:
         """Ask the server in a moment whether it is there and serves the model.
+
+        A server without a list of models (404, 405, 501) is taken at its word, as the protocol does not demand one.
+        "models/NAME" in the list counts as NAME.
 
         Raises:
             RewardError: it is not, or does not.
@@ -269,6 +277,8 @@ class ChatEndpoint:
         url = self.url.removesuffix("chat/completions") + "models"
         try:
             response = self._client.get(url, timeout=timeout)
+            if response.status_code in UNLISTED:
+                return
             response.raise_for_status()
             served = [str(row["id"]) for row in response.json()["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
@@ -276,7 +286,7 @@ class ChatEndpoint:
                 f"the judge's endpoint {url} does not answer as expected ({type(error).__name__}: {error}). Start the "
                 "server, or correct the endpoint."
             ) from error
-        if self.model not in served:
+        if self.model not in {name.removeprefix("models/") for name in served} | set(served):
             raise RewardError(
                 f"the judge's endpoint serves {', '.join(served) or 'no model'}, expected {self.model!r}. Correct the "
                 "model's name, or serve it under this one (--served-model-name)."
@@ -383,7 +393,7 @@ class ChatEndpoint:
                 f"HTTP {status} {said}".rstrip(),
                 again=status in BUSY,
                 closed=status in CLOSED,
-                wait=min(float(asked), 60.0) if asked.isdigit() else 0.0,
+                wait=min(float(asked), 60.0) if asked.isdecimal() else 0.0,
             )
         return _read(bytes(raw))
 

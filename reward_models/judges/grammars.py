@@ -42,10 +42,12 @@ class Verdict:
     Attributes:
         preference: 1 if the first image is better, 0 if the second is, 0.5 for a tie.
         categories: the same for parts of the question, where the judge was asked for them.
+        good: of a tie: 1 if both are good, 0 if both are bad; NaN for no tie; None where the judge was not asked.
     """
 
     preference: float
     categories: Mapping[str, float] = field(default_factory=dict)
+    good: float | None = None
 
 
 def after_thinking(text: str) -> str:
@@ -75,7 +77,10 @@ def tagged(text: str, name: str, ignore_case: bool = True) -> list[str]:
 
 
 def _in_range(number: str | float, low: float, high: float, what: str) -> float:
-    value = float(number)
+    try:
+        value = float(number)
+    except OverflowError:  # a whole number of hundreds of digits
+        value = math.inf
     if not low <= value <= high:  # also NaN
         raise Unparsable(f"{what} is {value:g}, outside [{low:g}, {high:g}]")
     return value
@@ -149,7 +154,9 @@ def find_json(text: str) -> Any:
     for candidate in (text.strip(), inner):
         try:
             return json.loads(candidate, parse_constant=refuse)
-        except (json.JSONDecodeError, RecursionError):
+        except Unparsable:
+            raise
+        except (ValueError, RecursionError):  # ValueError: no JSON, or a number of thousands of digits
             continue
     raise Unparsable("the answer holds no JSON")
 
@@ -241,6 +248,32 @@ def think_verdict(text: str, compat: Literal["pref_grpo"] | None = None) -> Verd
     return Verdict(found.pop())
 
 
+FOUR_WAY = {  # preference, and whether both are good
+    **dict.fromkeys(("A>B", "A>>B", "B<A"), (1.0, math.nan)),
+    **dict.fromkeys(("B>A", "B>>A", "A<B"), (0.0, math.nan)),
+    "A=B=GOOD": (0.5, 1.0),
+    "A=B=BAD": (0.5, 0.0),
+}
+
+
+def four_way(text: str) -> Verdict:
+    """GenAI-Bench (TIGER-Lab): the last of ``[[A>B]]``, ``[[B>A]]``, ``[[A=B=Good]]`` and ``[[A=B=Bad]]``.
+
+    The released parser also takes ``[[A=B]]``, which was not asked for and counts there as right for either tie.
+
+    Raises:
+        Unparsable: no double brackets, or none of the four in the last ones.
+    """
+    found = re.findall(r"\[\[([^\[\]]{0,40})\]\]", after_thinking(text))
+    if not found:
+        raise Unparsable("no verdict in [[...]]")
+    said = re.sub(r"\s", "", found[-1]).upper()
+    if said not in FOUR_WAY:
+        raise Unparsable(f"[[{found[-1]}]] is none of the four verdicts")
+    preference, good = FOUR_WAY[said]
+    return Verdict(preference, good=good)
+
+
 def pair_scores(text: str) -> Verdict:
     """UnifiedReward 2.0: under ``Alignment Score:`` and so on, ``Image 1: x`` and ``Image 2: y`` with x + y = 1.
 
@@ -297,10 +330,10 @@ def flex_verdict(text: str, compat: Literal["pref_grpo"] | None = None) -> Verdi
             return Verdict(0.5)
         raise
     listed = found.get("categories")
-    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
     categories: dict[str, float] = {}
+    rows = listed if isinstance(listed, list) else []
     for name, row in zip(FLEX_CATEGORIES, rows, strict=False):  # a fourth one is the judge's own
-        value = _flex_winner(row.get("cat_winner"), compat)
+        value = _flex_winner(row.get("cat_winner"), compat) if isinstance(row, dict) else math.nan
         if not math.isnan(value):
             categories[str(row.get("name", "")) if compat else name] = value
     winner = _flex_winner(found.get("winner"), compat)

@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..protocol import Metadata, RewardSpec
+from ..protocol import Metadata, RewardSpec, preflight
 from . import grammars
 from .endpoint import ChatEndpoint, Question, ask_parsed, pictures
 from .grammars import tagged
-from .pairwise import Comparison, PairJudge, Pairs
+from .pairwise import Comparison, Images, PairJudge, Pairs
 from .wording import Wording
 
 VERDICT = re.compile(r"image\s*[12]\W+is\s+better|equally\s+good|\b(cat_)?winner\b", re.IGNORECASE)
@@ -32,7 +32,7 @@ class Listener(Protocol):
     def spec(self) -> RewardSpec: ...
 
     def hear(
-        self, images: Tensor, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata], texts: Sequence[str]
+        self, images: Images, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata], texts: Sequence[str]
     ) -> Comparison:
         """As ``PairJudge.compare``, with what the judge wrote on each pair; preferences may lie between 0 and 1."""
         ...
@@ -49,11 +49,15 @@ class EndpointListener:
     def __init__(self, endpoint: ChatEndpoint, wording: Wording) -> None:
         self.endpoint, self.wording = endpoint, wording
         self.spec = RewardSpec(
-            name="listener", version=f"{endpoint.identity} {wording.name}-{wording.digest}", range=(0.0, 1.0)
+            name="listener", version=f"{endpoint.fingerprint} {wording.name}-{wording.digest}", range=(0.0, 1.0)
         )
 
+    def preflight(self) -> None:
+        """See ``ChatEndpoint.check``."""
+        self.endpoint.check()
+
     def hear(
-        self, images: Tensor, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata], texts: Sequence[str]
+        self, images: Images, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata], texts: Sequence[str]
     ) -> Comparison:
         """See ``Listener.hear``."""
         shown = pictures(images)
@@ -92,7 +96,12 @@ class ListenerAudit:
             version=f"{judge.spec.version}; {listener.spec.version}",
         )
 
-    def compare(self, images: Tensor, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Comparison:
+    def preflight(self) -> None:
+        """Those of both."""
+        preflight(self.judge)
+        preflight(self.listener)
+
+    def compare(self, images: Images, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Comparison:
         """See ``PairJudge.compare``; ``weights`` are set."""
         said = self.judge.compare(images, pairs, prompts, metadata)
         if isinstance(self.listener, PairJudge):

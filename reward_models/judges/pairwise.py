@@ -11,13 +11,14 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..protocol import Metadata, Reward, RewardSpec, checked_score
+from ..protocol import Metadata, Reward, RewardSpec, checked_score, preflight
 from .endpoint import ChatEndpoint, Question, ask_parsed, pictures
 from .grammars import Verdict
 from .wording import Wording
 
 Order = Literal["both", "random", "given"]
 Pairs = Sequence[tuple[int, int]]
+Images = Tensor | Sequence[Tensor]  # (N, 3, H, W), or N images (3, H, W) of different sizes
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Comparison:
         texts: M entries: what the judge wrote, for audits; empty for judges that do not write.
         weights: (M,) how far each answer is to be trusted, in [0, 1]; None: all equally.
         categories: name -> (M,) preferences in parts of the question, NaN where the judge gave none.
+        good: (M,) of ties: 1 if both images are good, 0 if both are bad, NaN otherwise; None: nobody asked.
     """
 
     preference: Tensor
@@ -37,6 +39,7 @@ class Comparison:
     texts: list[str] = field(default_factory=list)
     weights: Tensor | None = None
     categories: dict[str, Tensor] = field(default_factory=dict)
+    good: Tensor | None = None
 
 
 @runtime_checkable
@@ -46,11 +49,12 @@ class PairJudge(Protocol):
     @property
     def spec(self) -> RewardSpec: ...
 
-    def compare(self, images: Tensor, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Comparison:
+    def compare(self, images: Images, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Comparison:
         """Compare M pairs out of N images.
 
         Args:
-            images: (N, 3, H, W) float in [0, 1] on the 8-bit grid.
+            images: (N, 3, H, W) float in [0, 1] on the 8-bit grid; or N images (3, H, W) where their sizes differ, as
+                in benchmarks.
             pairs: M pairs of image numbers; the order within a pair is the order in which the judge sees them.
             prompts: N prompts; both images of a pair have the same one.
             metadata: N dictionaries that came with the prompts.
@@ -81,19 +85,24 @@ class EndpointPairJudge:
         self.endpoint, self.wording, self.parse, self.form = endpoint, wording, parse, form
         self.spec = RewardSpec(
             name=name,
-            version=f"{endpoint.identity} {wording.name}-{wording.digest}",
+            version=f"{endpoint.fingerprint} {wording.name}-{wording.digest} {form}",
             range=(0.0, 1.0),
             licence="that of the model",
             preprocessing=f"8-bit, sent as {form}",
         )
 
-    def compare(self, images: Tensor, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Comparison:
+    def preflight(self) -> None:
+        """See ``ChatEndpoint.check``."""
+        self.endpoint.check()
+
+    def compare(self, images: Images, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Comparison:
         """See ``PairJudge.compare``; metadata is not read."""
         shown = pictures(images, self.form)
         questions = [Question(self.wording.fill(prompt=prompts[i]), (shown[i], shown[j])) for i, j in pairs]
         replies = ask_parsed(self.endpoint, questions, [self.parse] * len(questions))
         verdicts: list[Verdict | None] = [reply.value for reply in replies]
         names = sorted({name for verdict in verdicts if verdict for name in verdict.categories})
+        asked = any(verdict.good is not None for verdict in verdicts if verdict)
         return Comparison(
             _column([verdict.preference if verdict else math.nan for verdict in verdicts]),
             [reply.reason for reply in replies],
@@ -101,6 +110,7 @@ class EndpointPairJudge:
             categories={
                 name: _column([v.categories.get(name, math.nan) if v else math.nan for v in verdicts]) for name in names
             },
+            good=_column([math.nan if v is None or v.good is None else v.good for v in verdicts]) if asked else None,
         )
 
 
@@ -132,19 +142,44 @@ class ScorerJudge:
             preprocessing=reward.spec.preprocessing,
         )
 
-    def compare(self, images: Tensor, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Comparison:
+    def preflight(self) -> None:
+        """That of the reward, if it has one."""
+        preflight(self.reward)
+
+    def compare(self, images: Images, pairs: Pairs, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Comparison:
         """See ``PairJudge.compare``."""
-        result = checked_score(self.reward, images, prompts, metadata, all_missing="allow")
-        scores = result.values.double() * (1 if self.reward.spec.higher_is_better else -1)
+        scores, why = self._scores(images, prompts, metadata)
         first, second = index(pairs)
         gap = scores[first] - scores[second]
         preference = torch.where(gap.abs() <= self.threshold, 0.5, (gap > 0).double())
-        reasons = [result.reasons[i] if scores[i].isnan() else result.reasons[j] for i, j in pairs]
+        reasons = [why[i] if scores[i].isnan() else why[j] for i, j in pairs]
         missing = gap.isnan()
         return Comparison(
             preference.masked_fill(missing, torch.nan),
             [reason if bad else None for reason, bad in zip(reasons, missing.tolist(), strict=True)],
         )
+
+    def _scores(
+        self, images: Images, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> tuple[Tensor, list[str | None]]:
+        """(N,) scores of which more is better, and N reasons; images of one size are scored together."""
+        scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
+        why: list[str | None] = [None] * len(images)
+        by_size: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(i)
+        for same in by_size.values():
+            result = checked_score(
+                self.reward,
+                torch.stack([images[i] for i in same]),
+                [prompts[i] for i in same],
+                [metadata[i] for i in same],
+                all_missing="allow",
+            )
+            scores[same] = result.values.double() * (1 if self.reward.spec.higher_is_better else -1)
+            for i, reason in zip(same, result.reasons, strict=True):
+                why[i] = reason
+        return scores, why
 
 
 def index(pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -173,6 +208,8 @@ class Judged:
         flips: (M,) 1 if the verdict changes when the images change places, 0 if it does not; NaN if not known.
         reasons: M entries: why a preference is NaN, else None.
         categories: name -> (M,) preferences in parts of the question.
+        good: (M,) whether both images are good (1) or bad (0), mean over the orders in which the judge saw a tie; NaN
+            where it saw none. None: it was not asked.
     """
 
     pairs: list[tuple[int, int]]
@@ -182,9 +219,10 @@ class Judged:
     flips: Tensor
     reasons: list[str | None]
     categories: dict[str, Tensor] = field(default_factory=dict)
+    good: Tensor | None = None
 
 
-def content_keys(images: Tensor) -> list[str]:
+def content_keys(images: Images) -> list[str]:
     """Hash of each image's content: (N, 3, H, W) -> N strings. What is drawn from them does not depend on order."""
     return [picture.digest for picture in pictures(images)]
 
@@ -196,7 +234,7 @@ def coin(*what: object) -> int:
 
 def judge_pairs(
     judge: PairJudge,
-    images: Tensor,
+    images: Images,
     pairs: Pairs,
     prompts: Sequence[str],
     metadata: Sequence[Metadata],
@@ -209,7 +247,7 @@ def judge_pairs(
 
     Args:
         judge: whom.
-        images: (N, 3, H, W).
+        images: (N, 3, H, W), or N images (3, H, W).
         pairs: M unordered pairs of image numbers.
         prompts: N prompts.
         metadata: N dictionaries.
@@ -238,6 +276,11 @@ def judge_pairs(
     answer = judge.compare(images, asked, prompts, metadata)
     trust = torch.ones(len(asked), dtype=torch.float64) if answer.weights is None else answer.weights.double()
     said = answer.preference.double()
+    good = torch.full_like(said, torch.nan) if answer.good is None else answer.good
+
+    def flip(forward: int, backward: int) -> float:
+        """Whether the answers to two questions differ, also in the kind of a tie: good and bad, or the reverse."""
+        return max(flipped(float(said[forward]), float(said[backward])), float(good[forward] + good[backward] == 1))
 
     def over_orders(values: Tensor, empty: float) -> Tensor:
         """Mean preference for the first of the pair, over its questions."""
@@ -249,9 +292,10 @@ def judge_pairs(
         over_orders(said, 0.5),
         _column([sum(float(trust[m]) for m, _ in asks) / len(asks) if asks else 1.0 for asks in where]),
         _column([sum(2 * float(said[m]) - 1 for m, _ in asks) / len(asks) if asks else math.nan for asks in where]),
-        _column([flipped(float(said[a[0][0]]), float(said[a[1][0]])) if len(a) == 2 else math.nan for a in where]),
+        _column([flip(a[0][0], a[1][0]) if len(a) == 2 else math.nan for a in where]),
         [next((r for m, _ in asks if (r := answer.reasons[m]) is not None), None) for asks in where],
         {name: over_orders(column, 0.5) for name, column in answer.categories.items()},
+        None if answer.good is None else _column([float(good[[m for m, _ in asks]].nanmean()) for asks in where]),
     )
 
 

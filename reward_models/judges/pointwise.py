@@ -65,11 +65,15 @@ class PointJudge:
         mix = "" if weights is None else f" {self.weights}"
         self.spec = RewardSpec(
             name=name,
-            version=f"{endpoint.identity} {wording.name}-{wording.digest}{mix}",
+            version=f"{endpoint.fingerprint} {wording.name}-{wording.digest}{mix}",
             range=range,
             licence="that of the model",
             preprocessing=f"8-bit, sent as {form}",
         )
+
+    def preflight(self) -> None:
+        """See ``ChatEndpoint.check``."""
+        self.endpoint.check()
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
@@ -156,11 +160,15 @@ class TwoQuestionScore:
         wordings = " ".join(f"{w.name}-{w.digest}" for w in (semantic, quality))
         self.spec = RewardSpec(
             name=name,
-            version=f"{endpoint.identity} {wordings} {passes} {reduction}" + (f" {compat}" if compat else ""),
+            version=f"{endpoint.fingerprint} {wordings} {passes} {reduction}" + (f" {compat}" if compat else ""),
             range=(0.0, 10.0),
             licence="that of the model",
             preprocessing="8-bit, sent as png",
         )
+
+    def preflight(self) -> None:
+        """See ``ChatEndpoint.check``."""
+        self.endpoint.check()
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
@@ -190,7 +198,7 @@ class TwoQuestionScore:
         table = torch.tensor([row[:5] for row in rows], dtype=torch.float32).reshape(-1, 5)
         value, spread, semantic, quality, passes = table.unbind(1)
         parts = {"semantic": semantic, "quality": quality, "passes": passes}
-        return RewardResult(value, parts, [row[5] for row in rows], uncertainty=spread)
+        return RewardResult(value, parts, [row[5] for row in rows], uncertainty=spread if self.passes > 1 else None)
 
     def _row(self, said: list[tuple[Reply, Reply]] | None) -> tuple[float, float, float, float, float, str | None]:
         """Value, standard deviation, semantic, quality, passes used, reason."""

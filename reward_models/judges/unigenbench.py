@@ -6,6 +6,7 @@ has no overall number; two are given here, both named. Difference: names are str
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,13 +89,13 @@ class UniGenBench:
 
     Metadata of each image: ``testpoints`` and ``descriptions``, two lists of the same length (the columns
     ``Testpoints`` and ``Testpoint Description`` of the benchmark's files). The value is the share that it passes;
-    ``parts`` hold the same within each primary dimension.
+    ``parts`` hold the same within each primary dimension and each kind of test point.
 
     Args:
         endpoint: where it is asked.
+        language: of the prompts and so of the question: "en" or "zh".
         template_path: text to use instead of the shipped one.
-        definitions_path: JSON file that maps each kind of test point to its meaning, instead of the shipped one, which
-            is in English.
+        definitions_path: JSON file that maps each kind of test point to its meaning, instead of the shipped one.
         attempts: how often to ask for an answer that can be used (published: 11); above 1 with a temperature above 0.
         compat: "published": a score other than 0 and 1 counts as 0 instead of making the answer unusable.
     """
@@ -103,24 +104,37 @@ class UniGenBench:
         self,
         endpoint: ChatEndpoint,
         *,
+        language: Literal["en", "zh"] = "en",
         template_path: str | Path | None = None,
         definitions_path: str | Path | None = None,
         attempts: int = 1,
         compat: Literal["published"] | None = None,
     ) -> None:
         self.endpoint, self.attempts, self.compat = endpoint, attempts, compat
-        self.wording = wording.load("unigenbench", template_path)
-        file = Path(definitions_path or wording.TEMPLATES / "unigenbench_definitions.json").expanduser()
-        if not file.is_file():
-            raise ValueError(f"got definitions {str(file)!r}, expected a JSON file. Correct the path.")
-        self.definitions: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        if language not in ("en", "zh"):
+            raise ValueError(f"got language {language!r}, expected 'en' or 'zh'. Correct it.")
+        self.wording = wording.load(f"unigenbench_{language}", template_path)
+        file = Path(definitions_path or wording.TEMPLATES / f"unigenbench_definitions_{language}.json").expanduser()
+        try:
+            self.definitions = {str(point): str(meaning) for point, meaning in json.loads(file.read_bytes()).items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"got definitions {str(file)!r}, expected a JSON file that maps test points to their meaning "
+                f"({error}). Correct it."
+            ) from error
+        digest = hashlib.sha256(json.dumps(self.definitions, sort_keys=True).encode()).hexdigest()[:8]
         self.spec = RewardSpec(
             name="unigenbench",
-            version=f"{endpoint.identity} {self.wording.name}-{self.wording.digest}" + (f" {compat}" if compat else ""),
+            version=f"{endpoint.fingerprint} {self.wording.name}-{self.wording.digest}-{digest}"
+            + (f" {compat}" if compat else ""),
             range=(0.0, 1.0),
             licence="that of the model",
             preprocessing="8-bit, sent as png",
         )
+
+    def preflight(self) -> None:
+        """See ``ChatEndpoint.check``."""
+        self.endpoint.check()
 
     def question(self, prompt: str, points: Sequence[str], descriptions: Sequence[str]) -> str:
         """What the judge is told about one image.
@@ -136,7 +150,7 @@ class UniGenBench:
         if unknown := sorted(set(points) - set(self.definitions)):
             raise ValueError(
                 f"got test points {unknown} without a definition, expected some of {sorted(self.definitions)}. Give "
-                "definitions_path."
+                "the prompts' language (en, zh), or definitions_path."
             )
         return self.wording.fill(
             prompt=prompt,
@@ -173,6 +187,7 @@ class UniGenBench:
         values = torch.tensor([sum(row) / len(row) if row else math.nan for row in scores])
         columns: dict[str, list[float]] = {}
         for i, (row, meta) in enumerate(zip(scores, metadata, strict=True)):
-            for name, (passed, asked) in tally([(meta.get("testpoints") or [], row)]).primary.items():
+            counted = tally([(meta.get("testpoints") or [], row)])
+            for name, (passed, asked) in {**counted.sub, **counted.primary}.items():
                 columns.setdefault(name, [math.nan] * len(scores))[i] = passed / asked
         return RewardResult(values, {name: torch.tensor(column) for name, column in columns.items()}, reasons)

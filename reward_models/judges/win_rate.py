@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..protocol import Metadata, RewardResult, RewardSpec
+from ..protocol import Metadata, RewardResult, RewardSpec, preflight
 from . import bradley_terry
 from .pairwise import Judged, Order, PairJudge, Pairs, coin, content_keys, index, judge_pairs
 
@@ -171,7 +171,7 @@ class WinRate:
         ):
             if value not in allowed:
                 raise ValueError(f"got {name} {value!r}, expected one of {', '.join(map(str, allowed))}. Correct it.")
-        if opponents != "all" and (isinstance(opponents, bool | str) or opponents < 1):
+        if opponents != "all" and (isinstance(opponents, bool) or not isinstance(opponents, int) or opponents < 1):
             raise ValueError(f"got opponents {opponents!r}, expected 'all' or a number from 1. Correct it.")
         if compat and (opponents != "all" or order not in (None, "given") or aggregate == "bradley_terry"):
             raise ValueError(
@@ -191,7 +191,8 @@ class WinRate:
             "overall_weight": overall_weight,
             "category_weight": category_weight,
         }
-        settings = f"{opponents} {self.order} {aggregate} seed {seed}" + (f" {compat}" if compat else "")
+        mix = {"flex": f" {self.flex}", "bradley_terry": f" prior {prior:g}"}.get(aggregate, "")
+        settings = f"{opponents} {self.order} {aggregate}{mix} seed {seed}" + (f" {compat}" if compat else "")
         self.spec = RewardSpec(
             name=f"win rate by {judge.spec.name}",
             version=f"{judge.spec.version}; {settings}",
@@ -200,6 +201,10 @@ class WinRate:
             licence=judge.spec.licence,
             preprocessing=judge.spec.preprocessing,
         )
+
+    def preflight(self) -> None:
+        """That of the judge, if it has one."""
+        preflight(self.judge)
 
     def score(
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None

@@ -16,8 +16,9 @@ How an image is read:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -26,6 +27,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..geneval import Detection
+from ..preprocess import resize
 from .grammar import COLOURS, SHAPES
 from .render import PALETTE, SIZE, Scene, Shape, render
 
@@ -260,30 +262,41 @@ def _soundness(fault: Floats, costs: tuple[float, float]) -> Floats:
     return ((total - fault) / (total - free)).clip(0, 1)
 
 
+def fitted(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) at the size of the Shapes world, as the rules are in pixels: the area of 64x64 px, the ratio
+    of the sides kept (to whole pixels). Those of 64x64 px are returned as they are."""
+    height, width = images.shape[-2:]
+    scale = SIZE / math.sqrt(height * width)
+    return resize(images, max(round(height * scale), 1), max(round(width * scale), 1), mode="bilinear")
+
+
+def enlarged(found: Detection, height: int, width: int) -> Detection:
+    """A detection in an image of another size: box and mask (nearest pixel) go with it."""
+    assert found.mask is not None, "the Shapes detector gives a mask with every detection"
+    h, w = found.mask.shape
+    y, x = height / h, width / w
+    rows, columns = ((np.arange(n) + 0.5) / n for n in (height, width))
+    mask = found.mask[np.ix_((rows * h).astype(np.intp), (columns * w).astype(np.intp))]
+    left, top, right, bottom = found.box
+    return replace(found, box=(left * x, top * y, right * x, bottom * y), mask=mask)
+
+
 class ShapesDetector:
     """Detector of the six shapes. Boxes are [xmin, ymin, xmax + 1, ymax + 1] of the pixels with alpha >= 1/2."""
 
     classes: Sequence[str] = SHAPES
+    preprocessing = f"bilinear with antialias to the area of {SIZE}x{SIZE} px, ratio kept, unless of that size; float32"
 
     def detect(self, images: Tensor) -> list[list[Detection]]:
-        """See ``Detector.detect``.
-
-        Args:
-            images: (N, 3, 64, 64) in [0, 1].
-
-        Raises:
-            ValueError: another size; the rules are in pixels.
-        """
-        if tuple(images.shape[1:]) != (3, SIZE, SIZE):
-            raise ValueError(
-                f"got images of shape {tuple(images.shape)}, expected (N, 3, {SIZE}, {SIZE}), the size of the Shapes "
-                "world. Sample at this size or resize the images."
-            )
+        """See ``Detector.detect``; boxes and masks are in pixels of the images as given."""
+        height, width = images.shape[-2:]
         found: list[list[Detection]] = []
         for start in range(0, len(images), CHUNK):
-            chunk = images[start : start + CHUNK].detach().float().cpu()
+            chunk = fitted(images[start : start + CHUNK].detach().float().cpu())
             found += self._detect(np.ascontiguousarray(chunk.permute(0, 2, 3, 1).numpy()))
-        return found
+        if images.shape[-2:] == (SIZE, SIZE):
+            return found
+        return [[enlarged(one, height, width) for one in each] for each in found]
 
     def _detect(self, pixels: Floats) -> list[list[Detection]]:
         ground = ground_colours(pixels)

@@ -6,16 +6,12 @@ import functools
 
 from torch import Tensor
 
-from ..geneval import Judgement, Options, check_metadata, judge, result_of
+from ..geneval import Judgement, Options, check_metadata, judge, range_of, result_of
 from ..protocol import Metadata, RewardResult, RewardSpec
 from . import grammar
-from .detector import PaletteColours, ShapesDetector
+from .detector import PaletteColours, ShapesDetector, fitted
 
-KINDS = {
-    "shapes": (0.0, 1.0),
-    "shapes-strict": (0.0, 1.0),
-    "shapes-soft": (1.0 - Options().max_objects, 1.0),  # one object asked for, sixteen found
-}
+KINDS = ("shapes", "shapes-strict", "shapes-soft")
 
 
 class ShapesReward:
@@ -34,8 +30,6 @@ class ShapesReward:
     """
 
     def __init__(self, kind: str = "shapes", flow_grpo_compat: bool = False) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"got Shapes reward {kind!r}, expected one of {', '.join(KINDS)}. Use one of these.")
         self.kind = kind
         self.options = Options(flow_grpo_compat=flow_grpo_compat)
         self.detector = ShapesDetector()
@@ -43,14 +37,15 @@ class ShapesReward:
         self.spec = RewardSpec(
             name=kind,
             version="1-compat" if flow_grpo_compat else "1",
-            range=KINDS[kind],
+            range=range_of(kind, KINDS, self.options),
             licence="Apache-2.0",
-            preprocessing="8-bit, 64x64 px",
+            preprocessing=f"8-bit; {self.detector.preprocessing}",
         )
 
     def judge(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> list[Judgement | str]:
-        """What was found in each of N images, or why it cannot be judged."""
+        """What was found in each of N images, or why it cannot be judged; boxes are in pixels of the fitted images."""
         answers: list[Judgement | str] = []
+        images = fitted(images)
         detections = self.detector.detect(images)
         for image, prompt, given, found in zip(images, prompts, metadata, detections, strict=True):
             wanted = given if "include" in given else grammar.parse(prompt)
@@ -67,4 +62,4 @@ class ShapesReward:
         self, images: Tensor, prompts: list[str], metadata: list[Metadata], groups: Tensor | None = None
     ) -> RewardResult:
         """See ``Reward.score``."""
-        return result_of(self.judge(images, prompts, metadata), tuple(KINDS), self.kind)
+        return result_of(self.judge(images, prompts, metadata), KINDS, self.kind)

@@ -34,11 +34,6 @@ class Counted:
     exposure: float = 1.0
 
 
-def rate(count: float, exposure: float, mean: float, strength: float = 1.0) -> float:
-    """Posterior mean of a rate, ``(a + count) / (b + exposure)`` with ``a = strength``, ``b = strength / mean``."""
-    return (strength + count) / (strength / mean + exposure)
-
-
 def superiority(first: Counted, second: Counted, mean: float, strength: float = 1.0) -> float:
     """P(rate of the first > rate of the second), in [0, 1] (formula: see the module)."""
     from scipy.special import betainc

@@ -169,7 +169,9 @@ class _Run:
         self.rate = usual if settings.lr is None else settings.lr
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.rate, weight_decay=settings.weight_decay)
         self.weights = prompt_weights(pairs) if settings.balance else [1.0] * len(pairs)
-        self.about = {"settings": asdict(settings), "data": fingerprint(pairs), "rate": self.rate}
+        self.about = {
+            "settings": asdict(settings), "data": fingerprint(pairs), "rate": self.rate, "trained": training.about(),
+        }  # fmt: skip
 
     def batch(self, step: int) -> list[int]:
         """Numbers of the pairs of a step."""
@@ -283,7 +285,6 @@ def save(
     name: str,
     body: str,
     held_out: Mapping[str, Any] | None = None,
-    aspect_weights: Mapping[str, float] | None = None,
     licence: str = "that of the body and of the data",
 ) -> Path:
     """Write the scorer with its description and card, and remove the checkpoint. Returns the folder.
@@ -291,7 +292,7 @@ def save(
     Args:
         fitted: from ``fit``. folder: of the scorer. name: for its spec.
         body: name or path of the body, written down for a head. held_out: accuracies for the card, any JSON.
-        aspect_weights: of the mean over aspects; None: all alike. licence: for the spec.
+        licence: for the spec.
     """
     place, training = Path(folder), fitted.training
     place.mkdir(parents=True, exist_ok=True)
@@ -308,7 +309,6 @@ def save(
         head = training.head
         widths = [layer.out_features for layer in head.layers]
         about |= {"kind": "head", "hidden": widths[:-1], "inputs": head.inputs, "aspects": fitted.aspects}
-        about |= {"aspect_weights": dict(aspect_weights) if aspect_weights else None}
         save_file({key: value.cpu().contiguous() for key, value in head.state_dict().items()}, place / HEAD)
     else:
         about["kind"] = "model"

@@ -62,6 +62,8 @@ def comparison_loss(name: str, gap: Tensor, labels: Tensor, weights: Tensor, mar
     Raises:
         ValueError: unknown name.
     """
+    if name != "cross_entropy":  # a tie has no winner: it says nothing, and has no share in the mean
+        labels = labels.masked_fill(labels == 0.5, math.nan)
     preference = labels.nan_to_num(0.5)
     if name == "bradley_terry":
         losses = bradley_terry(gap, preference)

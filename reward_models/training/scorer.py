@@ -73,8 +73,11 @@ class HeadScore:
 
     Args:
         body: features of images and prompts. head: on top. aspects: their names, "" for a single one.
-        aspect_weights: of the mean; None: all alike.
+        aspect_weights: of the mean, 0 where none is given; None: all alike.
         name, version: for the spec. licence: of body and data.
+
+    Raises:
+        ValueError: weights of other aspects, below 0, or all 0.
     """
 
     def __init__(
@@ -82,11 +85,17 @@ class HeadScore:
         name: str = "trained", version: str = "untrained", licence: str = "that of the body and of the data",
     ) -> None:  # fmt: skip
         self.body, self.head, self.aspects = body, head.to(body.device).eval().requires_grad_(False), list(aspects)
-        share = torch.tensor([float((aspect_weights or {}).get(aspect, 1.0)) for aspect in self.aspects])
+        mix = dict.fromkeys(self.aspects, 1.0) if aspect_weights is None else dict(aspect_weights)
+        if not set(mix) <= set(self.aspects) or not all(w >= 0 for w in mix.values()) or not any(mix.values()):
+            raise ValueError(
+                f"got aspect_weights {mix}, expected numbers from 0 for {', '.join(self.aspects)}, one above 0. "
+                "Correct them."
+            )
+        share = torch.tensor([float(mix.get(aspect, 0.0)) for aspect in self.aspects])
         self.share = (share / share.sum()).to(body.device)
         self.spec = RewardSpec(
             name=name,
-            version=version,
+            version=version + ("" if aspect_weights is None else f" {mix}"),
             licence=licence,
             preprocessing=body.spec.preprocessing,
             differentiable=True,
@@ -113,11 +122,21 @@ class HeadScore:
         return RewardResult((found @ self.share).cpu(), named)
 
 
-def open_trained(path: str | Path, device: str | torch.device = "cpu", chunk: int = 64) -> ClipScore | HeadScore:
+def open_trained(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    chunk: int = 64,
+    aspect_weights: Mapping[str, float] | None = None,
+) -> ClipScore | HeadScore:
     """The scorer in a folder that ``fit.save`` wrote.
 
+    Args:
+        path: the folder. device: where it computes. chunk: images of a forward pass.
+        aspect_weights: of a head with aspects, see ``HeadScore``.
+
     Raises:
-        ValueError: no such folder, another form, or a body whose weights are not those it was trained on.
+        ValueError: no such folder, another form, a body whose weights are not those it was trained on, or weights that
+            do not fit.
     """
     folder = Path(path).expanduser()
     try:
@@ -129,6 +148,8 @@ def open_trained(path: str | Path, device: str | torch.device = "cpu", chunk: in
             "train` wrote. Give such a folder."
         ) from error
     if kind == "model":
+        if aspect_weights is not None:
+            raise ValueError(f"got aspect_weights for {str(folder)!r}, which has no aspects. Leave them out.")
         return ClipScore(folder, device=device, chunk=chunk, name=name, licence=about["licence"])
     body = ClipScore(about["body"], device=device, chunk=chunk)
     if body.towers.digest != about["body_digest"]:
@@ -140,7 +161,7 @@ def open_trained(path: str | Path, device: str | torch.device = "cpu", chunk: in
     head.load_state_dict(load_file(folder / HEAD))
     version = weights.sha256([folder / HEAD])[:12]
     return HeadScore(
-        body, head, about["aspects"], aspect_weights=about["aspect_weights"], name=name, version=version,
+        body, head, about["aspects"], aspect_weights=aspect_weights, name=name, version=version,
         licence=about["licence"],
     )  # fmt: skip
 
@@ -161,6 +182,11 @@ class HeadTraining:
         self.body, self.head, self.read = body, head.to(body.device), read
         self._image: dict[str, Tensor] = {}
         self._text: dict[str, Tensor] = {}
+
+    def about(self) -> dict[str, Any]:
+        """What tells this training from others, as JSON."""
+        widths = [layer.out_features for layer in self.head.layers]
+        return {"body": self.body.towers.digest, "inputs": self.head.inputs, "widths": widths}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained."""
@@ -203,6 +229,7 @@ class ModelTraining:
         int = 0
     ) -> None:  # fmt: skip
         self.body, self.read, self.scaled = body, read, scaled
+        self.how = {"train": train, "layers": {"layers": layers, "lora": rank}.get(train)}
         self.model: Any = body.model
         self.peft: Any = None
         if train == "all":
@@ -219,6 +246,10 @@ class ModelTraining:
             self.peft.eval()
         else:
             raise ValueError(f"got train {train!r}, expected head, layers, all or lora. Use one of these.")
+
+    def about(self) -> dict[str, Any]:
+        """What tells this training from others, as JSON."""
+        return {"body": self.body.towers.digest, **self.how}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained."""

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge_server import serve
 from PIL import Image
 from scipy import stats
 from typer.testing import CliRunner
 
 from benchmarks import preference_bench
 from benchmarks.preferences import (
+    FOUR_WAY,
     THRESHOLDS,
+    VOTES,
     Record,
     Verdicts,
     best_threshold,
@@ -57,7 +60,8 @@ def test_ranking_score_by_hand() -> None:
     assert ranking_score([3, 2, 1], [1, 2, 3]) == 0 and ranking_score([3, 2, 1], [3, 2, 1]) == 1
     assert ranking_score([3, 2, 1], [2, 3, 1]) == pytest.approx(2 / 3)
     assert ranking_score([2, 2, 1], [1, 5, 3]) == pytest.approx(2 / 3)  # a label tie is right in either order
-    assert ranking_score([3, 2, 1], [5, 5, 5]) == 1  # so is a predicted tie
+    assert ranking_score([3, 2, 1], [5, 5, 5]) == 1 / 2  # who cannot tell is right by chance
+    assert ranking_score([2, 2, 1], [5, 5, 5]) == pytest.approx(2 / 3)
     assert ranking_score([3, 2, 1], [NAN, 1, 2]) == 0 and math.isnan(ranking_score([2, 1], [NAN, 1]))
 
 
@@ -94,15 +98,13 @@ def test_the_threshold_is_the_first_of_the_best() -> None:
     assert len(THRESHOLDS) == 11 and THRESHOLDS[3] == 0.3
 
 
-def test_four_way_answers() -> None:
-    said = {"[[A>B]]": "leftvote", "so [[ B > A ]].": "rightvote", "[[A=B=Good]]": "tievote"}
-    for answer, vote in [*said.items(), ("[[A=B=Bad]]", "bothbad_vote"), ("[[A>>B]]", "leftvote")]:
-        agrees = {v for v in ("leftvote", "rightvote", "tievote", "bothbad_vote") if four_way(answer, v)}
-        assert agrees == {vote}
-    assert (
-        four_way("[[A=B]]", "tievote") and four_way("[[A=B]]", "bothbad_vote") and not four_way("[[A=B]]", "leftvote")
-    )
-    assert four_way("A>B", "leftvote") is None and four_way("[[C]]", "leftvote") is None
+def test_four_way_verdicts_meet_one_vote_or_none() -> None:
+    for said, good, vote in (
+        (1.0, NAN, "leftvote"), (0.75, NAN, "leftvote"), (0.0, NAN, "rightvote"), (0.25, 1.0, "rightvote"),
+        (0.5, 1.0, "tievote"), (0.5, 0.0, "bothbad_vote"), (0.5, NAN, None), (0.5, 0.5, None),
+    ):  # fmt: skip
+        assert {v for v, labels in VOTES.items() if four_way(labels, said, good)} == ({vote} - {None})
+    assert all(math.isnan(four_way(labels, NAN, NAN)) for labels in VOTES.values())
 
 
 @given(st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 2.0]), st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0])), min_size=1))
@@ -123,6 +125,17 @@ def test_micro_and_macro_differ_as_they_should() -> None:
     assert found["macro"]["mean"] == 1 / 2  # a: 1, b: 0; c has no pair
     assert (found["pairs"], found["label_ties"], found["predicted_ties"], found["invalid"]) == (5, 1 / 5, 0, 0)
     assert numbers("hpdv2", records, scores)["accuracy"]["mean"] == pytest.approx((1 + 0 + 1) / 3)
+
+
+def test_macro_is_over_prompts_not_records() -> None:
+    """Three records of one prompt count once, and one prompt has no interval."""
+    records = [record("a", [1, 0])] * 3 + [record("b", [1, 0])]
+    scores = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+    found = numbers("genai", records, scores)
+    assert found["micro"]["mean"] == 1 / 2 and found["macro"]["mean"] == pytest.approx((2 / 3 + 0) / 2)
+    assert found["macro"]["prompts"] == 2
+    alone = numbers("genai", records[:3], scores[:3])["macro"]
+    assert alone["mean"] == pytest.approx(2 / 3) and alone["ci95"] == [None, None]
 
 
 def test_invalid_pairs_are_left_out_and_counted() -> None:
@@ -179,11 +192,23 @@ def test_a_judge_by_hand() -> None:
     assert found["macro"]["mean"] == pytest.approx((1 / 2 + 0) / 2)
     assert found["flipped"]["mean"] == 1 / 4 and found["position_bias"]["mean"] == 1 / 4
     assert (found["pairs"], found["invalid"], found["predicted_ties"], found["label_ties"]) == (5, 0.2, 0.2, 0.2)
-    assert numbers_of_judge("hpdv2", records, said)["accuracy"]["mean"] == pytest.approx((1 + 1 + 0) / 3)
+    assert numbers_of_judge("hpdv2", records, said)["accuracy"]["mean"] == pytest.approx((0.75 + 1 + 0) / 3)
     pairs = [record("a", [1, 0]), record("b", [0.5, 0.5]), record("c", [0, 1])]
     said = [verdicts(0.5), verdicts(0.5), verdicts(0.0)]
     assert numbers_of_judge("pickapic", pairs, said)["accuracy"]["mean"] == pytest.approx((0.5 + 1 + 1) / 3)
     assert numbers_of_judge("genai-cmu", pairs, said)["accuracy"]["mean"] == pytest.approx((0 + 1 + 1) / 3)
+
+
+def test_a_four_way_judge_by_hand() -> None:
+    labels = [VOTES[vote] for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote", "tievote", "leftvote")]
+    records = [record(name, each) for name, each in zip("abcdef", labels, strict=True)]
+    said = [(1.0, NAN), (1.0, NAN), (0.5, 1.0), (0.5, 1.0), (0.5, NAN), (NAN, NAN)]  # right, wrong, right, 2 wrong, no
+    found = numbers_of_judge("genai", records, [Verdicts((p,), (0.0,), (0.0,), (g,)) for p, g in said])
+    assert found["accuracy"]["mean"] == pytest.approx(2 / 5) and found["invalid_wrong"]["mean"] == pytest.approx(2 / 6)
+    assert found["rule"] == FOUR_WAY and found["invalid"] == pytest.approx(1 / 6)
+    assert found["micro"]["mean"] == 1 / 2 and "ties_wrong" not in found
+    plain = numbers_of_judge("genai", records, [verdicts(p) for p, _ in said])
+    assert plain["accuracy"] == plain["micro"] and plain["ties_wrong"]["mean"] == pytest.approx(1 / 5)
 
 
 def flat(estimate: dict[str, Any]) -> list[float]:
@@ -216,7 +241,11 @@ def test_imagereward_has_its_published_number_of_pairs() -> None:
     assert numbers("imagereward", records, reverse)["micro"]["mean"] == 0
     constant = [[0.0] * len(each) for each in labels]
     assert numbers("imagereward", records, constant)["micro"]["mean"] == 0  # ties are wrong here,
-    assert numbers("hpdv2", records, constant)["accuracy"]["mean"] == 1  # and right there
+    ties = [sum(x == y for x, y in combinations(each, 2)) / math.comb(len(each), 2) for each in labels]
+    expected = float(
+        np.mean([(1 + share) / 2 for share in ties])
+    )  # there a tie of people is right, other pairs by half
+    assert numbers("hpdv2", records, constant)["accuracy"]["mean"] == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------------------------ run
@@ -257,6 +286,7 @@ class Nearly:
             file.write("." * len(pairs))
         red = (images[:, 0].flatten(1).mean(1) * 255).round()
         said = [1.0 if abs(red[i] - red[j]) <= 60 else float(red[i] > red[j]) for i, j in pairs]
+        assert len({image.shape for image in images}) == 1 and isinstance(images, torch.Tensor)
         return Comparison(torch.tensor(said, dtype=torch.float64), [None] * len(pairs))
 
 rate = WinRate(Nearly())
@@ -310,10 +340,34 @@ def test_a_judge_is_asked_in_both_orders_once(images: Path) -> None:
     found = preference_bench.run(*arguments, say=print)["scores"][arguments[3]]
     # (0,1) and (1,2) flip and so tie; (0,2) is right; the two equal images tie without being asked
     assert found["flipped"]["mean"] == pytest.approx(2 / 3) and found["predicted_ties"] == 3 / 4
-    assert found["accuracy"]["mean"] == 1 and found["micro"]["mean"] == 1 / 4
+    assert found["accuracy"]["mean"] == pytest.approx((2 / 3 + 1 / 2) / 2) and found["micro"]["mean"] == 1 / 4
     asked = (images / "asked").read_text()
     assert len(asked) == 6 and preference_bench.run(*arguments, say=print)["scores"][arguments[3]] == found
     assert (images / "asked").read_text() == asked  # the second time from the file
+
+
+def test_the_four_way_question_reaches_the_judge(images: Path) -> None:
+    """Left and right of different sizes, as models of the data set differ; red is good, dark is bad."""
+    Image.new("RGB", (12, 6), (250, 0, 0)).save(images / "wide.png")
+
+    def says(text: str, shown: list[np.ndarray], body: Any) -> str:
+        assert {image.shape for image in shown} == {(8, 8, 3), (6, 12, 3)} and "[[A=B=Bad]]" in text
+        a, b = (float(image[..., 0].mean()) for image in shown)
+        return "[[A=B=Good]]" if min(a, b) > 100 else "[[A>B]]" if a > b else "[[B>A]]"
+
+    votes = [("wide.png", "0.png", "leftvote"), ("2.png", "wide.png", "tievote"), ("wide.png", "3.jpg", "bothbad_vote")]
+    rows = [{"prompt": "a", "left_image": x, "right_image": y, "vote_type": vote} for x, y, vote in votes]
+    (images / "l.json").write_text(json.dumps(rows))
+    with serve(says) as server:
+        reward = f"{{vlm-judge: {{mode: four_way, model: judge, endpoint: '{server.url}'}}}}"
+        arguments = ("genai", images / "l.json", images, reward, images / "out")
+        summary = preference_bench.run(*arguments, say=print)
+        asked = len(server.bodies)
+        assert asked == 6 and preference_bench.run(*arguments, say=print) == summary and len(server.bodies) == asked
+    found = summary["scores"]["vlm-judge"]
+    assert found["accuracy"]["mean"] == pytest.approx(2 / 3) and found["flipped"]["mean"] == 0
+    assert found["rule"] == FOUR_WAY and found["invalid"] == 0
+    assert FOUR_WAY in "\n".join(preference_bench.brief(summary))
 
 
 def test_bad_labels_are_explained(images: Path) -> None:
@@ -323,11 +377,18 @@ def test_bad_labels_are_explained(images: Path) -> None:
         ('[{"prompt": "a", "image_path": ["x"], "rank": [1, 2]}]', "hpdv2", "1 images and 2 labels"),
         ('[{"prompt": "a", "image_path": ["x", "y"], "rank": [1, 2]}]', "hpdv2", "is missing"),
         ("[]", "hpd", "expected one of imagereward"),
-        (json.dumps([{**ROWS["genai"][0], "vote_type": "none"}]), "genai", "record 1: KeyError"),
+        (json.dumps([{**ROWS["genai"][0], "vote_type": "none"}]), "genai", "record 1: KeyError.*bothbad_vote"),
     ):  # fmt: skip
         path.write_text(content)
         with pytest.raises(UserError, match=said):
             preference_bench.run(form, path, images, "jpeg", images / "out", say=print)
+
+
+def test_options_of_another_format_are_refused(images: Path) -> None:
+    (images / "l.json").write_text(json.dumps(ROWS["hpdv2"]))
+    for options in ({"validation": images / "l.json"}, {"scale": 100.0}):
+        with pytest.raises(UserError, match="expected them with pickapic"):
+            preference_bench.run("hpdv2", images / "l.json", images, "jpeg", images / "out", say=print, **options)
 
 
 def test_the_verb_prints_the_rule_and_the_numbers(images: Path) -> None:

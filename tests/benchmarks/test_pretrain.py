@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import flowrl
-from benchmarks.pretrain import clip, data, export, flow, heads, loop, vae
+from benchmarks.pretrain import clip, data, diffusion, export, flow, heads, loop, vae
 from benchmarks.pretrain.__main__ import app
-from benchmarks.pretrain.assemble import assemble, save_half, save_half_clip
+from benchmarks.pretrain.assemble import assemble, assemble_sd, save_half, save_half_clip
 from benchmarks.pretrain.captions import SEEN, captions, near_misses, true_of
-from benchmarks.pretrain.cards import clip_card, sd3_card
+from benchmarks.pretrain.cards import clip_card, sd3_card, sd_card
 from benchmarks.pretrain.measure import weights_hash
 from benchmarks.pretrain.text import MAX_LENGTH, TextEncoders, silent_t5, token_ids, words, write_tokenizer
 from flowrl.distributed import World
@@ -27,7 +27,7 @@ from reward_models.shapes.grammar import SPLITS, TASKS, prompts, seen_colours
 from reward_models.shapes.render import Scene, Shape
 
 MODELS = Path(flowrl.__file__).parent / "models"
-STAGES = ("vae", "flow", "clip")
+STAGES = ("vae", "flow", "sd", "clip")
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +92,13 @@ class Killed(Exception):
 def _train(stage, folder, tokenizer, autoencoder, steps=3, world=loop.ALONE):
     if stage == "vae":
         return vae.train(folder, steps=steps, batch=2, save_every=1, world=world)
-    if stage == "flow":
+    if stage in ("flow", "sd"):
         g = torch.Generator().manual_seed(0)
         ids = token_ids(tokenizer, [m["prompt"] for m in prompts("train", per_task=2)][:8]).short()
         latents = {"latents": torch.randn(8, vae.LATENT_CHANNELS, 8, 8, generator=g).half(), "ids": ids}
-        return flow.train(latents, tokenizer, folder, steps=steps, batch=4, save_every=1, world=world)
+        latents |= {"shift": torch.tensor(-0.05), "scale": torch.tensor(1.2)}
+        train = flow.train if stage == "flow" else diffusion.train
+        return train(latents, tokenizer, folder, steps=steps, batch=4, save_every=1, world=world)
     return clip.train(folder, tokenizer, autoencoder, steps=steps, batch=8, save_every=1)
 
 
@@ -124,7 +126,7 @@ def _train_among(folder):
     """One of two processes; the first leaves its weights in the folder."""
     world = World.join("cpu")
     tokenizer = write_tokenizer(folder / f"tokenizer_{world.rank}")
-    for stage in ("vae", "flow"):
+    for stage in ("vae", "flow", "sd"):
         model = _train(stage, folder / stage, tokenizer, None, world=world)
         if world.main:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{stage}.safetensors")
@@ -133,7 +135,8 @@ def _train_among(folder):
 
 def test_two_processes_train_as_one_does(tmp_path, tokenizer):
     assert launched(_train_among, tmp_path) == [0, 0]
-    for stage, build in (("vae", vae.build), ("flow", lambda: flow.TextToImage(tokenizer))):
+    models = {"flow": lambda: flow.TextToImage(tokenizer), "sd": lambda: diffusion.TextToNoise(tokenizer)}
+    for stage, build in {"vae": vae.build, **models}.items():
         torch.manual_seed(0)
         start = build().state_dict()
         alone = _train(stage, tmp_path / "alone" / stage, tokenizer, None).state_dict()
@@ -177,6 +180,61 @@ def test_weights_never_ship_with_another_tokenizer_than_they_learned_with(tmp_pa
     other.add_tokens(["hexagon"])
     with pytest.raises(UserError, match="was trained with vocabulary"):
         export._finished(clip.Trainee(tokenizer), tmp_path / "clip", other)
+
+
+def test_noise_is_learned_from_latents_as_the_decoder_wants_them(tmp_path, tokenizer, monkeypatch):
+    """x_t and the weights by hand: the latents lose the shift that pipelines of diffusion models do not add."""
+    seen = {}
+
+    def remember(model, loss, *_, **__):
+        model.unet.register_forward_pre_hook(lambda module, args: seen.update(x=args[0], t=args[1]))
+        seen["loss"] = loss(0)
+        return model.state_dict()
+
+    monkeypatch.setattr(diffusion, "fit", remember)
+    monkeypatch.setattr(diffusion, "UNCONDITIONAL", 0.0)
+    ids = token_ids(tokenizer, ["a star"]).short()
+    data_ = {"latents": torch.ones(1, vae.LATENT_CHANNELS, 8, 8).half(), "ids": ids}
+    data_ |= {"shift": torch.tensor(-0.25), "scale": torch.tensor(2.0)}
+    diffusion.train(data_, tokenizer, tmp_path, batch=6)
+    g = torch.Generator().manual_seed(0)
+    torch.randint(1, (6,), generator=g), torch.rand(6, 1, generator=g)
+    e, t = torch.randn(6, vae.LATENT_CHANNELS, 8, 8, generator=g), torch.randint(1000, (6,), generator=g)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    abar = (1 - betas).cumprod(0)[t]
+    x = abar.sqrt().view(-1, 1, 1, 1) * 0.5 + (1 - abar).sqrt().view(-1, 1, 1, 1) * e  # 1 + 2 * (-0.25)
+    assert torch.equal(seen["t"], t)
+    torch.testing.assert_close(seen["x"], x)
+    weights = torch.tensor([min(a / (1 - a), 5) * (1 - a) / a for a in abar.tolist()])
+    value, parts = seen["loss"]  # the network says 0 at the start
+    torch.testing.assert_close(value, (weights * e.square().mean((1, 2, 3))).mean())
+    assert parts["error"] == pytest.approx(e.square().mean().item(), rel=1e-5)
+
+
+def test_the_text_of_tiny_sd_starts_as_given_and_is_part_of_the_run(tmp_path, tokenizer):
+    start = TextEncoders(tokenizer).layers_1.text_model.state_dict()
+    data_ = {"latents": torch.zeros(4, vae.LATENT_CHANNELS, 8, 8).half(), "ids": token_ids(tokenizer, ["a star"] * 4)}
+    data_ |= {"shift": torch.tensor(0.0), "scale": torch.tensor(1.0)}
+
+    def run(**arguments):
+        return diffusion.train(data_, tokenizer, tmp_path, steps=1, batch=2, lr=0.0, muon_lr=0.0, **arguments)
+
+    found = run(text=start).text.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in start.items())
+    with pytest.raises(UserError, match="holds a run with text"):
+        run()
+
+
+def test_a_unet_costs_about_what_the_transformer_costs():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, t, text = torch.zeros(1, vae.LATENT_CHANNELS, 8, 8), torch.zeros(1), torch.zeros(1, MAX_LENGTH, 128)
+    flops = []
+    for call in (lambda: flow.build()(x, text, text[:, 0], t), lambda: diffusion.build()(x, t, text[..., :64])):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        flops.append(counter.get_total_flops())
+    assert 0.5 < flops[1] / flops[0] < 2
 
 
 def test_learning_rate_rises_in_200_steps_and_falls_as_a_cosine():
@@ -385,6 +443,35 @@ def test_the_policy_sees_the_text_as_the_training_did(sd3_folder, tokenizer):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_the_assembled_tiny_sd_loads_in_plain_diffusers_and_as_a_policy(tmp_path, tokenizer):
+    from diffusers import StableDiffusionPipeline
+
+    torch.manual_seed(0)
+    model = diffusion.TextToNoise(tokenizer)
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.05)
+    folder = save_half(assemble_sd(model, vae.build(), tokenizer, scale=0.9), tmp_path / "tiny-sd")
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32}
+    assert (pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor) == (None, 0.9)
+    assert export.megabytes(folder) < export.MOST_MB["tiny-sd"]
+    pipe.set_progress_bar_config(disable=True)
+    policy, prompt = flowrl.load_policy(folder, train="none"), "a photo of a red star"
+    assert policy.resolution == 64 and policy.sigmas(8)[-1] == 0
+    x = torch.randn(1, vae.LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = pipe(prompt, num_inference_steps=2, guidance_scale=3.0, latents=x, output_type="pt").images
+    cond, (first, second, _) = policy.encode([prompt]), policy.sigmas(2).tolist()
+    with torch.no_grad():
+        z = x * policy.prior_std(first)
+        z = z + (second - first) * policy.predict(z, torch.tensor([first]), cond, 3.0)
+        z = z - second * policy.predict(z, torch.tensor([second]), cond, 3.0)
+        torch.testing.assert_close(policy.decode(z), theirs, atol=1e-4, rtol=0)
+        # the text is what the training saw
+        ids = token_ids(tokenizer, [prompt])
+        plain = diffusion.TextToNoise(tokenizer)
+        plain.text.load_state_dict(pipe.text_encoder.state_dict())
+        torch.testing.assert_close(cond.rows["embeds"], plain.text(ids).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
 def test_the_clip_folder_loads_as_a_plain_model_and_as_a_judge(tmp_path, tokenizer):
     from transformers import AutoTokenizer, CLIPModel
 
@@ -412,12 +499,20 @@ def test_what_ships_is_small_and_its_card_says_what_was_measured(name):
     assert export.megabytes(folder) <= export.MOST_MB[name]
     facts = json.loads((folder / "measured.json").read_text())
     assert facts["weights"] == weights_hash(folder)
-    card = {"tiny-sd3": sd3_card, "tiny-clip": clip_card}[name]
+    card = {"tiny-sd3": sd3_card, "tiny-sd": sd_card, "tiny-clip": clip_card}[name]
     assert (folder / "README.md").read_text() == card(facts)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-@pytest.mark.parametrize("verb", ["vae", "latents", "flow", "clip", "export", "all"])
+def test_the_card_of_tiny_sd_can_be_written():
+    facts = json.loads((MODELS / "tiny-sd3" / "measured.json").read_text())
+    facts["parameters"] = {"unet": 2_883_464, "text": 118_016, "vae": 951_395}
+    facts["training"]["sd"] = {**facts["training"]["flow"], "text": "0123", "batch": 128}
+    text = sd_card(facts)
+    assert "2,883,464" in text and "noise" in text and "min(SNR, 5) / SNR" in text and "{" not in text.split("```")[2]
+
+
+@pytest.mark.parametrize("verb", ["vae", "latents", "flow", "sd", "clip", "export", "all"])
 def test_every_verb_has_an_example(verb):
     result = CliRunner().invoke(app, [verb, "--help"])
     assert result.exit_code == 0 and f"-m benchmarks.pretrain {verb}" in " ".join(result.output.split())
@@ -429,7 +524,8 @@ def test_every_verb_has_an_example(verb):
         (["latents", "--scenes", "300"], "a multiple of 256; try 256"),
         (["latents"], "holds no checkpoint"),
         (["flow"], "run the stage latents first"),
-        (["export"], "holds no trained flow or clip"),
+        (["sd"], "run the stage latents first"),
+        (["export"], "holds no trained flow, sd or clip"),
         (["export", "--only", "tiny-sd3"], "holds no trained tiny-sd3"),
         (["vae", "--device", "tpu"], "expected 'auto', 'cpu'"),
     ],

@@ -55,3 +55,6 @@ def test_a_published_network_is_built_by_name(monkeypatch):
     scorer = scoring.random_scorer("ViT-B-32", 4, "cpu")
     assert scorer.spec.name == "ViT-B-32" and scorer.chunk == 4
     assert torch.isfinite(scorer.score(torch.rand(1, 3, 40, 40), ["a"], [{}]).values).all()
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: torch.nn.Identity())
+    with pytest.raises(ValueError, match="a Identity of open_clip, expected its CLIP"):
+        scoring.random_scorer("ViT-B-16-SigLIP", 4, "cpu")

@@ -126,6 +126,11 @@ def test_unigenbench_mends_a_lacking_comma_and_nothing_else(tmp_path: Path) -> N
     for points, said in (('["A"]', "as many test points"), ("[", "no JSON object")):
         with pytest.raises(UserError, match=said):
             unigenbench.prompts(file(points))
+    whole = (Path(file('["A - B", "C"]'))).read_text()
+    for index in ("x", ""):
+        (tmp_path / "p.csv").write_text(whole.replace("\n7,", f"\n{index},"))
+        with pytest.raises(UserError, match="expected a whole number"):
+            unigenbench.prompts(str(tmp_path / "p.csv"))
     (tmp_path / "q.csv").write_text("index,prompt\n1,a\n")
     with pytest.raises(UserError, match="expected index, prompt_en"):
         unigenbench.prompts(str(tmp_path / "q.csv"))
@@ -146,6 +151,9 @@ def test_drawbench_counts_repeated_lines_once(tmp_path: Path) -> None:
     ]  # fmt: skip
     (tmp_path / "d.txt").write_text("a\na\nb\n")
     assert [prompt.text for prompt in plain.drawbench(str(tmp_path / "d.txt"))] == ["a", "b"]
+    (tmp_path / "d.csv").write_text("Prompts,Category\na,x\nb\n")
+    with pytest.raises(UserError, match="row 2: got"):
+        plain.drawbench(str(tmp_path / "d.csv"))
     (tmp_path / "d.csv").write_text("prompt\na\n")
     with pytest.raises(UserError, match="expected Prompts, Category"):
         plain.drawbench(str(tmp_path / "d.csv"))

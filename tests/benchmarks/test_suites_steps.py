@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from typer.testing import CliRunner
 
 from benchmarks.suites import geneval, geneval_results, hpsv2, plain, suite, suites, unigenbench
 from benchmarks.suites.by_task import ByTask
-from benchmarks.suites.run import given_rewards, run
+from benchmarks.suites.run import load_scorers, run, scorers
 from flowrl.cli import app
+from flowrl.commands import scoring
 from flowrl.errors import UserError
 from flowrl.prompts import Prompt
 from flowrl.sampling import SampleSettings
@@ -53,8 +55,11 @@ def test_genevals_headline_is_the_mean_of_the_tasks_and_not_of_the_images() -> N
 
 
 def test_missing_images_are_not_wrong_ones() -> None:
+    found = geneval.numbers([row(0, 0, None, "a"), row(0, 1, 1.0, "a"), row(1, 0, 0.0, "b")], "s")
+    assert found["overall"]["mean"] == 1 / 2 and found["tasks"]["a"]["mean"] == 1
     found = geneval.numbers([row(0, 0, None, "a"), row(0, 1, 1.0, "a"), row(1, 0, None, "b")], "s")
-    assert found["overall"]["mean"] == 1 and found["tasks"]["b"]["mean"] is None
+    assert found["overall"]["mean"] is None  # the mean of the tasks that are left would be another number
+    assert found["tasks"]["a"]["mean"] == 1 and found["tasks"]["b"]["mean"] is None
     assert found["prompts_with_a_correct_image"] == {"mean": 1.0, "ci95": [None, None], "prompts": 1}
 
 
@@ -93,8 +98,14 @@ def test_unigenbench_by_hand_from_test_points_and_from_dimensions() -> None:
     twice = row(5, 0, 0.5, parts={"A - B": 0.5, "A - C": 0.0}, metadata={"testpoints": ["A - B", "A - B", "A - C"]})
     found = unigenbench.numbers([twice], "s")
     assert found["tasks"]["A"]["mean"] == 1 / 3 and found["test_points"]["A - B"]["mean"] == 1 / 2
-    with pytest.raises(UserError, match="gives no verdicts"):
+    with pytest.raises(UserError, match="no score of any image"):
         unigenbench.numbers([invalid], "s")
+
+
+def test_a_scorer_without_test_points_may_stand_beside_unigenbenchs() -> None:
+    rows = [row(i, 0, value, metadata={"testpoints": ["Style"]}) for i, value in enumerate((0.5, 1.5, None))]
+    found = unigenbench.numbers(rows, "s")
+    assert found["overall"]["mean"] == 1.0 and found["overall"]["prompts"] == 2 and found["tasks"] == {}
 
 
 def test_dimensions_share_the_prompts_that_are_drawn() -> None:
@@ -131,10 +142,26 @@ def test_each_task_goes_to_its_scorer() -> None:
     assert result.reasons[3] == "there is no scorer for 'c'" and routed.spec.version == "a=1, b=1"
     with pytest.raises(UserError, match="scorer of single images"):
         ByTask({"a": Constant(1.0, scope="set")})
-    columns = given_rewards(suites()["t2i-compbench"], ["color=jpeg", "3d_spatial=jpeg", "jpeg-incompress"], "cpu")
+    numbered = routed.score(torch.zeros(1, 3, 2, 2), ["p"], [{"tag": 7}])
+    assert numbered.reasons == ["there is no scorer for '7'"]
+
+
+def loaded(name: str, texts: Sequence[str], tags: Sequence[str] = ()) -> dict[str, Any]:
+    ours = suites()[name]
+    return load_scorers(ours, scorers(ours, texts, tags), "cpu")
+
+
+def test_what_reward_may_say_in_a_benchmark() -> None:
+    columns = loaded("t2i-compbench", ["color=jpeg", "3d_spatial=jpeg", "jpeg-incompress"], ["color", "3d_spatial"])
     assert list(columns) == ["jpeg-incompress", "t2i-compbench"]
-    with pytest.raises(UserError, match="has no scorer of its own"):
-        given_rewards(suites()["prompts"], [], "cpu")
+    assert list(loaded("parti", ["Food & Beverage=jpeg"], ["Food & Beverage"])["parti"].rewards) == ["Food & Beverage"]
+    for texts, said in (
+        (["colour=jpeg"], "expected TASK=REWARD with one of the tasks color"), (["color=jpeg,jpeg-incompress"], "one"),
+        (["color=jpeg", "color=jpeg-incompress"], "expected one scorer for color"), ([], "has no scorer of its own"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            loaded("t2i-compbench", texts, ["color"])
+    assert scorers(suites()["geneval"], [], []) == {None: ["geneval-hf"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
@@ -183,11 +210,30 @@ def test_only_missing_images_are_drawn_and_they_are_the_same(tmp_path: Path, dra
     with pytest.raises(UserError, match="3 images are missing"):
         suite.listed(tmp_path)
     prepared(tmp_path)
-    suite.generate(tmp_path, None, SETTINGS)  # type: ignore[arg-type]
+    assert suite.generate(tmp_path, None, SETTINGS) == 3  # type: ignore[arg-type]
     assert drawing[1:] == [(["a"], []), (["a", "c"], ["a", "b"])] and pixels(tmp_path) == whole
 
 
+def test_scores_of_a_benchmark_survive_another_score_of_its_folder(tmp_path: Path, drawing: list[Any]) -> None:
+    prepared(tmp_path)
+    suite.generate(tmp_path, None, SETTINGS)  # type: ignore[arg-type]
+    before = suite.score(tmp_path, loaded("prompts", ["jpeg"])).rows
+    scoring.score([tmp_path], "jpeg-incompress", say=str)
+    after = suite.score(tmp_path, loaded("prompts", ["jpeg"]))
+    assert after.new == 0 and [row["scores"]["jpeg"] for row in after.rows] == [r["scores"]["jpeg"] for r in before]
+    assert set(after.rows[0]["scores"]) == {"jpeg", "jpeg-incompress"}
+
+
+def test_images_of_something_else_are_not_taken_for_drawn_ones(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "00001_00.png")
+    with pytest.raises(UserError, match=r"drawn by something else, such as 00001_00\.png"):
+        prepared(tmp_path)
+
+
 def test_another_measurement_in_the_folder_is_refused(tmp_path: Path) -> None:
+    prepared(tmp_path, drawn={"policy": "a name with a fault"})
+    prepared(tmp_path)  # with which nothing was drawn
+    Image.new("RGB", (8, 8)).save(tmp_path / "00001_00.png")
     prepared(tmp_path)
     for other, said in (
         ({"drawn": {"seed": 1}}, "drawn is {'seed': 0} there"), ({"images": 3}, "images_per_prompt is 2 there"),
@@ -198,6 +244,9 @@ def test_another_measurement_in_the_folder_is_refused(tmp_path: Path) -> None:
     assert suite.read_facts(tmp_path)["complete"]
     prepared(tmp_path / "part", limit=2)
     assert not suite.read_facts(tmp_path / "part")["complete"]
+    other = dataclasses.replace(SUITE, size=5)  # four prompts are not its prompts
+    suite.prepare(other, tmp_path / "other", source=None, limit=None, images=None, drawn={"seed": 0})
+    assert not suite.read_facts(tmp_path / "other")["complete"]
     with pytest.raises(UserError, match=r"holds no benchmark\.json"):
         suite.listed(tmp_path / "none")
 
@@ -211,6 +260,11 @@ def test_images_from_elsewhere_may_be_jpegs_but_must_all_be_there(tmp_path: Path
     for n in range(4):
         for k in range(2):
             Image.new("RGB", (8, 8), (40 * n, 0, 0)).save(tmp_path / f"{n:05d}_{k:02d}.jpg")
+    (tmp_path / "00003_01.jpg").rename(tmp_path / "elsewhere.jpg")
+    with pytest.raises(UserError, match="1 images are missing"):
+        prepared(tmp_path, drawn={})
+    assert not (tmp_path / "benchmark.json").exists()  # nothing is settled yet: a model may still draw them
+    (tmp_path / "elsewhere.jpg").rename(tmp_path / "00003_01.jpg")
     prepared(tmp_path, drawn={})
     assert [item.image[-4:] for item in suite.listed(tmp_path)] == [".jpg"] * 8
     (tmp_path / "00001_01.jpg").unlink()
@@ -223,7 +277,7 @@ def test_a_report_needs_all_scores(tmp_path: Path, drawing: list[Any]) -> None:
     suite.generate(tmp_path, None, SETTINGS)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="holds no scores"):
         suite.report(SUITE, tmp_path)
-    rewards = given_rewards(SUITE, ["jpeg"], "cpu")
+    rewards = loaded("prompts", ["jpeg"])
     suite.score(tmp_path, rewards)
     lines = (tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "scores.jsonl").write_text("".join(lines[:-1]))
@@ -293,10 +347,22 @@ def test_detections_are_stored_and_judged_again(tmp_path: Path) -> None:
     assert len(stored) == 12 and json.loads(stored["00002/samples/0001.png"]["metadata"]) == records[2]
     assert json.loads(stored["00000/samples/0001.png"]["details"]) == {"bench": [[0, 0, 4, 4, 0.9]]}
     asked = detector.asked
-    again = given_rewards(ours, ["geneval-stored"], "cpu")
+    again = loaded("geneval", ["geneval-stored"])
     suite.score(folder, {name: ours.wrap(folder, reward) for name, reward in again.items()})
     both = suite.report(ours, folder)["scores"]
     assert both["geneval-stored"] == both["geneval-hf"] == numbers and detector.asked == asked
+
+    items = suite.listed(folder)
+    asked_for = torch.zeros(12, 3, 8, 8), [item.prompt for item in items], [item.metadata for item in items]
+    rows = [{key: value for key, value in row.items() if key != "colors"} for row in stored.values()]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # as the official tool does
+    official = ours.wrap(folder, again["geneval-stored"]).score(*asked_for)
+    assert official.values.tolist() == [0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 1]
+    with pytest.raises(UserError, match="written by another tool"):  # it must not be lost
+        ours.wrap(folder, reward)
+    asked_for[1][0] = "another prompt"
+    official = ours.wrap(folder, again["geneval-stored"]).score(*asked_for)
+    assert math.isnan(official.values[0]) and "no row of this image and prompt" in str(official.reasons[0])
     (folder / "results.jsonl").unlink()
     with pytest.raises(UserError, match=r"results\.jsonl is not there"):
         ours.wrap(folder, again["geneval-stored"])
@@ -324,11 +390,55 @@ def test_a_suite_from_the_command_line_with_a_model(tmp_path: Path) -> None:
         "single_object", "two_object", "counting", "colors", "position", "color_attr"
     }  # fmt: skip
     assert not summary["complete"] and "not comparable" in (out / "report.md").read_text()
+    assert "Overall is the mean of the task means" in (out / "report.html").read_text()
     again = command(*words, "--out", out)
     assert again.exit_code == 0 and "images drawn" not in again.output and "0 scores computed" in again.output
     other = command(*words, "--seed", 1, "--out", out)
     assert other.exit_code == 2 and "another measurement" in other.output
     assert "expected one of generate, score, report" in command(*words, "--step", "draw", "--out", out).output
+
+
+def test_a_later_step_measures_what_is_there_and_nothing_else(tmp_path: Path, drawing: list[Any]) -> None:
+    def go(out: str, *steps: str, **options: Any) -> Any:
+        return run(
+            "prompts", tmp_path / out, steps=steps, settings=SETTINGS, device="cpu", say=str,
+            **{"open_policy": None, "drawn": {}, "source": None, "rewards": ["jpeg"], "limit": None, "images": None}
+            | options,
+        )  # fmt: skip
+
+    source = str(tmp_path / "p.txt")
+    Path(source).write_text("a\nb\nc\nd\n")
+    new = {"open_policy": lambda: None, "drawn": {"seed": 0}, "source": source, "limit": 3, "images": 1}
+    for wrong, said in ((["jpgg"], "unknown reward"), (["sizes=jpeg"], "TASK=REWARD"), ([], "no scorer")):
+        with pytest.raises(UserError, match=said):
+            go("never drawn", "generate", "score", **new | {"rewards": wrong})
+    assert not drawing  # and it is said before anything is drawn
+    (tmp_path / "nan.jsonl").write_text('{"prompt": "a", "rating": NaN}\n')
+    with pytest.raises(UserError, match="cannot be written as JSON"):
+        go("never drawn", "generate", **new | {"source": str(tmp_path / "nan.jsonl")})
+    go("o", "generate", **new)
+    for other, said in (({"limit": 2, "source": source}, "prompts is 3"), ({"images": 2}, "expected --prompts")):
+        with pytest.raises(UserError, match=said):
+            go("o", "score", **other)
+    go("o", "score")
+    assert go("o", "report")["prompts"] == 3
+    with pytest.raises(UserError, match="holds 'prompts'; expected 'geneval'"):
+        run(
+            "geneval", tmp_path / "o", steps=("score",), open_policy=None, settings=SETTINGS, drawn={}, source=None,
+            rewards=["jpeg"], limit=None, images=None, device="cpu", say=str,
+        )  # fmt: skip
+
+
+def test_a_forgotten_model_does_not_settle_the_folder(tmp_path: Path, drawing: list[Any]) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    options: dict[str, Any] = {
+        "steps": ("generate",), "settings": SETTINGS, "source": str(tmp_path / "p.txt"), "rewards": [], "limit": None,
+        "images": 1, "device": "cpu", "say": str,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="images are missing"):
+        run("prompts", tmp_path, open_policy=None, drawn={}, **options)
+    run("prompts", tmp_path, open_policy=lambda: None, drawn={"policy": "tiny"}, **options)  # type: ignore[arg-type, return-value]
+    assert len(drawing) == 1
 
 
 def test_steps_without_a_model_need_the_images(tmp_path: Path) -> None:

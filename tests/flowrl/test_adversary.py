@@ -103,6 +103,29 @@ def test_section_and_reward_belong_together(tmp_path: Path) -> None:
         Adversary.make(AdversaryConfig(references=str(tmp_path / "nothing")), learning, 0)
 
 
+def test_few_references_can_be_asked_for(tmp_path: Path) -> None:
+    folder = write_references(tmp_path / "refs", 12)
+
+    def different(limit: int | None, seed: int = 0) -> int:
+        drawn = reference_source(str(folder), limit=limit, seed=seed)(Prompt("a", {}), 12, 0, (1, 1))
+        return len(drawn.unique(dim=0))
+
+    assert different(3) == 3 < different(None)
+    with pytest.raises(UserError, match="adversary.limit 3"):
+        reference_source("shapes:draw", limit=3)
+
+
+def test_a_manifest_that_lacks_a_prompt_is_refused_at_the_start(tmp_path: Path) -> None:
+    file = write_references(tmp_path / "refs", 2) / "000.png"
+    (tmp_path / "m.json").write_text(json.dumps({"a": [str(file)], "b": [str(file)]}))
+    section = AdversaryConfig(references=str(tmp_path / "m.json"))
+    assert Adversary.make(section, Discriminator(), 0, prompts("a", "b")) is not None
+    with pytest.raises(UserError, match="no images of 1 of 2 prompts, such as 'c'"):
+        Adversary.make(section, Discriminator(), 0, prompts("a", "c"))
+    everyone = AdversaryConfig(references=str(tmp_path / "refs"))  # a folder serves all
+    assert Adversary.make(everyone, Discriminator(), 0, prompts("c")) is not None
+
+
 def test_drawn_references_are_right_pictures_of_their_prompt() -> None:
     chosen = load_prompts("shapes:train", limit=12)
     source, judge = reference_source("shapes:draw"), load_reward("shapes")
@@ -230,20 +253,27 @@ def test_both_sides_resume_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.parametrize("where", ["scores", "its steps"])
 def test_a_stop_after_the_reward_has_learned_keeps_the_boundary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """The reward moved on within the update that failed: what is saved is from before it."""
+    """The reward moved on within the update that failed, or half of it: what is saved is from before it."""
     more, calls = settings(tmp_path, "updates=4"), {"n": 0}
     train(config(tmp_path / "whole", *more), policy=GaussianPolicy())
+    learn = Discriminator.update
 
     def failing(*arguments: Any, **options: Any) -> Any:
         calls["n"] += 1
         if calls["n"] == 3:
-            raise GuardStop("the third update cannot be scored")
-        return score_update(*arguments, **options)
+            if where == "its steps":
+                learn(*arguments, **{**options, "steps": 1})
+            raise GuardStop("the third update cannot go on")
+        return (score_update if where == "scores" else learn)(*arguments, **options)
 
-    monkeypatch.setattr("flowrl.trainer.score_update", failing)
+    if where == "scores":
+        monkeypatch.setattr("flowrl.trainer.score_update", failing)
+    else:
+        monkeypatch.setattr(Discriminator, "update", failing)
     with pytest.raises(GuardStop):
         train(config(tmp_path / "parts", *more), policy=GaussianPolicy())
     train(config(tmp_path / "parts", *more), resume=True, policy=GaussianPolicy())

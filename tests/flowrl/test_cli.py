@@ -76,6 +76,8 @@ OPTIONS = {
         "--margin",
         "--held-out",
         "--confidence",
+        "--strength",
+        "--most",
         "--save-every",
         "--seed",
         "--resume",

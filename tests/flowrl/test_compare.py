@@ -71,6 +71,37 @@ def test_pairs_by_file_where_seeds_do_not_meet(tmp_path: Path) -> None:
         pairs(read_side(a), read_side(c))
 
 
+def unnumbered(prompt: str, image: str, **scores: float) -> Any:
+    """A row of a plain folder, in which nothing says which image of its prompt it is."""
+    return {key: value for key, value in row(prompt, 0, image=image, **scores).items() if key != "seed_index"}
+
+
+def test_a_plain_folder_that_lacks_an_image_is_paired_by_names(tmp_path: Path) -> None:
+    a = [unnumbered("p", f"{name}.png", s=value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    b = [unnumbered("p", f"{name}.png", s=value) for name, value in (("b", 20.0), ("c", 30.0), ("d", 40.0))]
+    left, right = read_side(table(tmp_path / "a", a)), read_side(table(tmp_path / "b", b))
+    assert [(old.numbers["s"], new.numbers["s"]) for old, new in pairs(left, right)] == [(2.0, 20.0), (3.0, 30.0)]
+    assert compared(left, right)["unpaired"] == 2
+    other = [unnumbered("p", f"{name}.jpg", s=0.0) for name in "xy"]  # no name in common: by order
+    assert len(pairs(left, read_side(table(tmp_path / "c", other)))) == 2
+
+
+def test_a_table_that_was_interrupted_counts_each_image_once(tmp_path: Path) -> None:
+    first = [row(f"p{i}", 0, s=0.0) for i in range(3)]  # the last row of an image counts
+    last = [row(f"p{i}", 0, s=1.0) for i in range(3)]
+    a, b = table(tmp_path / "a", first + last), table(tmp_path / "b", last)
+    found = compared(read_side(a), read_side(b))
+    assert found["pairs"] == 3 and found["scores"]["s"]["all"]["difference"]["mean"] == 0
+
+
+def test_a_score_that_the_first_image_lacks_is_compared_and_one_text_may_have_two_tasks(tmp_path: Path) -> None:
+    a = [row("p", 0, "x"), row("p", 0, "y", image="2.png", s=1.0), row("q", 0, "x", s=3.0)]
+    b = [row("p", 0, "x"), row("p", 0, "y", image="2.png", s=2.0), row("q", 0, "x", s=7.0)]
+    value = compared(read_side(table(tmp_path / "a", a)), read_side(table(tmp_path / "b", b)))["scores"]["s"]
+    assert value["all"]["difference"]["mean"] == pytest.approx((1 + 4) / 2)
+    assert value["x"]["pairs"] == 1 and value["y"]["difference"]["mean"] == 1
+
+
 def test_equal_prompts_of_a_run_stay_apart(tmp_path: Path) -> None:
     """A prompt that occurs twice gives two images of one seed; both are paired, in order."""
     for name, values in (("a", (1.0, 2.0)), ("b", (4.0, 8.0))):
@@ -136,7 +167,8 @@ def test_the_three_outputs(tmp_path: Path) -> None:
     text = compare(str(a), str(b), outs=outs)
     assert outs[0].read_text() == text and "| s | all | 4 | 1.5000 | 3.0000 | +1.5000 |" in text
     page = outs[1].read_text()
-    assert "<b>" not in page and "&lt;b&gt;3" in page and page.count("data:image/png") == 16  # both ends, both sides
+    assert "<b>" not in page and "&lt;b&gt;3" in page and page.count("data:image/png") == 6  # of 3 gains, both sides
+    assert "Where B gains most by s" in page and "Where B loses" not in page and "s: B - A" in page
     assert json.loads(outs[2].read_text())["scores"]["s"]["all"]["win_share"]["mean"] == pytest.approx(0.875)
     with pytest.raises(UserError, match=r"ends in \.md"):
         compare(str(a), str(b), outs=[tmp_path / "c.pdf"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import tiny_flux, tiny_sd3
+from tiny_pipelines import tiny_flux, tiny_lcm, tiny_sd, tiny_sd3, tiny_sdxl
 from torch.profiler import ProfilerActivity, profile
 
 from flowrl.config import parse_config
@@ -23,7 +23,8 @@ from flowrl.policies import LoraSettings, PipelinePolicy
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
     root = tmp_path_factory.mktemp("models")
-    made = {"sd3": tiny_sd3(root / "a"), "flux": tiny_flux(root / "b")}
+    made = {"sd3": tiny_sd3(root / "a"), "flux": tiny_flux(root / "b"), "sd": tiny_sd(root / "c")}
+    made |= {"sdxl": tiny_sdxl(root / "d"), "lcm": tiny_lcm(root / "e")}
     for name, pipeline in made.items():
         pipeline.save_pretrained(root / name)
     return {name: (pipeline, root / name) for name, pipeline in made.items()}
@@ -45,12 +46,13 @@ def config_of(folder: Path, **changes: Any) -> Any:
     return parse_config(data)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sd", "sdxl", "lcm"])
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_parameters_are_those_of_the_real_modules(pipelines: dict, name: str, train: str) -> None:
     pipeline, folder = pipelines[name]
+    network = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
     found = describe(config_of(folder, policy={"path": str(folder), "lora": {"rank": 4}, "train": train}))
-    assert found.parameters == sum(p.numel() for p in pipeline.transformer.parameters())
+    assert found.parameters == sum(p.numel() for p in network.parameters())
     policy = PipelinePolicy(copy.deepcopy(pipeline), train=train, lora=LoraSettings(rank=4))
     assert found.trainable == sum(p.numel() for _, p in policy.trainable())
     assert found.latent == torch.Size(policy.latent_shape(16, 16)).numel()
@@ -100,7 +102,7 @@ def peak_bytes(run: Callable[[], Any], file: Path) -> int:
     return int(alive.max())
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sd", "sdxl", "lcm"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_of_a_real_micro_batch(
     pipelines: dict, tmp_path: Path, name: str, checkpointing: bool

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 import yaml
-from tiny_pipelines import tiny_flux, tiny_sd3
+from tiny_pipelines import tiny_flux, tiny_sd, tiny_sd3
 
 from flowrl.commands.pictures import open_policy
 from flowrl.errors import UserError
@@ -25,15 +25,25 @@ from flowrl.policies import LoraSettings, PipelinePolicy
 from flowrl.sampling import SampleSettings
 
 RANK, ALPHA = 4, 10.0  # far from alpha = rank, so that a lost factor of 2.5 shows
-BUILD = {"sd3": tiny_sd3, "flux": tiny_flux}
+BUILD = {"sd3": tiny_sd3, "flux": tiny_flux, "sd": tiny_sd}
 
 
-@pytest.fixture(scope="module", params=["sd3", "flux"])
+@pytest.fixture(scope="module", params=["sd3", "flux", "sd"])
 def base(request, tmp_path_factory):
     """(kind, folder of a saved random pipeline)."""
     folder = tmp_path_factory.mktemp(request.param)
     BUILD[request.param](folder / "parts").save_pretrained(folder / "model")
     return request.param, folder / "model"
+
+
+def network(pipeline):
+    """The transformer or UNet of a pipeline."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
+def part(base):
+    """Its name, which is also the folder's and the prefix of its keys."""
+    return "unet" if base[0] == "sd" else "transformer"
 
 
 def load(base):
@@ -56,12 +66,18 @@ def randomise(policy, seed):
 
 
 def inputs(base):
-    """Keyword arguments of the transformer alone, so that nothing of flowrl stands between the two outputs."""
+    """Keyword arguments of the network alone, so that nothing of flowrl stands between the two outputs."""
     g = torch.Generator().manual_seed(3)
 
     def draw(*shape):
         return torch.randn(*shape, generator=g)
 
+    if base[0] == "sd":
+        return {
+            "sample": draw(2, 4, 8, 8),
+            "timestep": torch.tensor([300, 900]),
+            "encoder_hidden_states": draw(2, 5, 16),
+        }
     if base[0] == "sd3":
         return {
             "hidden_states": draw(2, 4, 8, 8), "encoder_hidden_states": draw(2, 5, 32),
@@ -95,11 +111,11 @@ def read(path):
 def test_plain_diffusers_computes_what_was_trained(base, tmp_path):
     policy = trained(base)
     plain = load(base)
-    untrained = output(plain.transformer, base)
+    untrained = output(network(plain), base)
     export_lora(policy, tmp_path)
     plain.load_lora_weights(tmp_path)
-    expected = output(policy.pipeline.transformer, base)
-    torch.testing.assert_close(output(plain.transformer, base), expected, rtol=1e-5, atol=1e-5)
+    expected = output(policy.denoiser, base)
+    torch.testing.assert_close(output(network(plain), base), expected, rtol=1e-5, atol=1e-5)
     assert (expected - untrained).abs().max() > 1e-2  # the adapter matters
 
 
@@ -108,11 +124,11 @@ def test_the_usual_way_of_saving_would_lose_strength(base, tmp_path):
     from peft.utils import get_peft_model_state_dict
 
     policy = trained(base)
-    state = get_peft_model_state_dict(policy.pipeline.transformer, adapter_name="default")
-    policy.pipeline.save_lora_weights(tmp_path, transformer_lora_layers=state)
+    state = get_peft_model_state_dict(policy.denoiser, adapter_name="default")
+    policy.pipeline.save_lora_weights(tmp_path, **{f"{part(base)}_lora_layers": state})
     plain = load(base)
     plain.load_lora_weights(tmp_path)
-    wrong, right = output(plain.transformer, base), output(policy.pipeline.transformer, base)
+    wrong, right = output(network(plain), base), output(policy.denoiser, base)
     assert (wrong - right).abs().max() > 1e-2
 
 
@@ -121,14 +137,14 @@ def test_effective_update_and_key_prefixes_as_comfyui_reads_them(base, tmp_path)
     policy = trained(base)
     file = export_lora(policy, tmp_path)
     state = read(file)
-    assert all(key.startswith("transformer.") and ".lora_" in key for key in state)
+    assert all(key.startswith(f"{part(base)}.") and ".lora_" in key for key in state)
     assert not any(key.endswith(".alpha") for key in state)
-    plain = dict(load(base).transformer.named_modules())
-    adapted = dict(policy.pipeline.transformer.named_modules())
-    layers = {key.split(".lora_")[0].removeprefix("transformer.") for key in state}
+    plain = dict(network(load(base)).named_modules())
+    adapted = dict(policy.denoiser.named_modules())
+    layers = {key.split(".lora_")[0].removeprefix(f"{part(base)}.") for key in state}
     assert len(state) == 2 * len(layers) == len(policy.trainable())
     for layer in layers:
-        a, b = (state[f"transformer.{layer}.lora_{part}.weight"] for part in "AB")
+        a, b = (state[f"{part(base)}.{layer}.lora_{half}.weight"] for half in "AB")
         x = torch.randn(3, plain[layer].in_features)
         update = adapted[layer](x) - plain[layer](x)
         torch.testing.assert_close(x @ (b @ a).T, update, rtol=1e-4, atol=1e-5)
@@ -140,7 +156,7 @@ def test_effective_update_and_key_prefixes_as_comfyui_reads_them(base, tmp_path)
 def test_header_is_readable_without_torch_and_says_alpha_is_rank(base, tmp_path):
     content = header(export_lora(trained(base), tmp_path))
     settings = json.loads(content["__metadata__"]["lora_adapter_metadata"])
-    assert settings["transformer.r"] == settings["transformer.lora_alpha"] == RANK
+    assert settings[f"{part(base)}.r"] == settings[f"{part(base)}.lora_alpha"] == RANK
     assert content["__metadata__"]["format"] == "pt"
     assert all(entry["dtype"] == "F32" for key, entry in content.items() if key != "__metadata__")
 
@@ -148,28 +164,28 @@ def test_header_is_readable_without_torch_and_says_alpha_is_rank(base, tmp_path)
 def test_named_weights_are_exported_and_the_policy_keeps_its_own(base, tmp_path):
     policy = trained(base)
     policy.copy_weights("current", "ema")
-    first = output(policy.pipeline.transformer, base)
+    first = output(policy.denoiser, base)
     randomise(policy, seed=2)
-    second = output(policy.pipeline.transformer, base)
+    second = output(policy.denoiser, base)
     for weights, expected in (("ema", first), ("current", second)):
         export_lora(policy, tmp_path / weights, weights=weights)
         plain = load(base)
         plain.load_lora_weights(tmp_path / weights)
-        torch.testing.assert_close(output(plain.transformer, base), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(output(policy.pipeline.transformer, base), second)
+        torch.testing.assert_close(output(network(plain), base), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(output(policy.denoiser, base), second)
 
 
 def test_an_adapter_of_several_ranks_and_rank_stabilised_scale(base):
     from peft import LoraConfig
 
-    transformer = load(base).transformer
+    transformer = network(load(base))
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["to_q", "to_k"], rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 3},
         use_rslora=True,
     )  # fmt: skip
     transformer.add_adapter(config, adapter_name="default")
     state, metadata = fold(transformer)
-    layer = next(name for name, _ in transformer.named_modules() if name.endswith("attn.to_k"))
+    layer = next(name for name, _ in transformer.named_modules() if name.endswith(("attn.to_k", "attn2.to_k")))
     kept = dict(transformer.named_modules())[layer]
     torch.nn.init.normal_(kept.lora_B["default"].weight)
     state, metadata = fold(transformer)
@@ -183,36 +199,36 @@ def test_an_adapter_of_several_ranks_and_rank_stabilised_scale(base):
 
 def test_merged_pipeline_equals_the_policy_and_leaves_it_alone(base, tmp_path):
     policy = trained(base)
-    expected = output(policy.pipeline.transformer, base)
-    before = {key: value.clone() for key, value in policy.pipeline.transformer.state_dict().items()}
+    expected = output(policy.denoiser, base)
+    before = {key: value.clone() for key, value in policy.denoiser.state_dict().items()}
     export_merged(policy, tmp_path / "merged")
     whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert type(whole) is type(policy.pipeline)
-    torch.testing.assert_close(output(whole.transformer, base), expected, rtol=1e-5, atol=1e-5)
-    assert not any("lora" in name for name, _ in whole.transformer.named_parameters())
-    after = policy.pipeline.transformer.state_dict()
+    torch.testing.assert_close(output(network(whole), base), expected, rtol=1e-5, atol=1e-5)
+    assert not any("lora" in name for name, _ in network(whole).named_parameters())
+    after = policy.denoiser.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert torch.equal(output(policy.pipeline.transformer, base), expected)
+    assert torch.equal(output(policy.denoiser, base), expected)
 
 
 def test_merging_agrees_with_diffusers_fuse_and_unfuse_gives_the_base_back(base, tmp_path):
     policy, plain = trained(base), load(base)
-    untouched = {key: value.clone() for key, value in plain.transformer.state_dict().items()}
+    untouched = {key: value.clone() for key, value in network(plain).state_dict().items()}
     export_lora(policy, tmp_path)
     plain.load_lora_weights(tmp_path)
     plain.fuse_lora()
     fused = {
         key.replace(".base_layer", ""): value
-        for key, value in plain.transformer.state_dict().items()
+        for key, value in network(plain).state_dict().items()
         if ".lora_" not in key
     }
-    merged = merged_state(policy.pipeline.transformer)
+    merged = merged_state(policy.denoiser)
     assert fused.keys() == merged.keys() == untouched.keys()
     for key in merged:
         torch.testing.assert_close(merged[key], fused[key], rtol=1e-5, atol=1e-5)
     plain.unfuse_lora()
     plain.unload_lora_weights()
-    for key, value in plain.transformer.state_dict().items():
+    for key, value in network(plain).state_dict().items():
         torch.testing.assert_close(value, untouched[key], rtol=1e-5, atol=1e-5)
 
 
@@ -227,24 +243,24 @@ def test_full_fine_tuning_is_exported_whole(base, tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings()))
     export_policy(policy, tmp_path / "run", tmp_path / "out")
     whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
-    assert torch.equal(output(whole.transformer, base), output(policy.pipeline.transformer, base))
+    assert torch.equal(output(network(whole), base), output(policy.denoiser, base))
 
 
-def test_without_text_encoders_the_transformer_alone_is_written(base, tmp_path):
+def test_without_text_encoders_the_network_alone_is_written(base, tmp_path):
     policy = trained(base)
     policy.drop_text_encoders()
     export_merged(policy, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
+    assert [path.name for path in tmp_path.iterdir()] == [part(base)]
     plain = load(base)
-    plain.transformer = type(plain.transformer).from_pretrained(tmp_path, subfolder="transformer")
-    expected = output(policy.pipeline.transformer, base)
-    torch.testing.assert_close(output(plain.transformer, base), expected, rtol=1e-5, atol=1e-5)
+    setattr(plain, part(base), type(network(plain)).from_pretrained(tmp_path, subfolder=part(base)))
+    expected = output(policy.denoiser, base)
+    torch.testing.assert_close(output(network(plain), base), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_merging_refuses_what_is_no_plain_lora(base):
     from peft import LoraConfig
 
-    transformer = load(base).transformer
+    transformer = network(load(base))
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True), adapter_name="default")
     with pytest.raises(UserError, match="is a DoRA"):
         merged_state(transformer)
@@ -256,12 +272,12 @@ def test_merging_refuses_what_is_no_plain_lora(base):
 
 def test_strength_zero_is_the_base_and_one_the_policy(base):
     policy, plain = trained(base), load(base)
-    expected = output(policy.pipeline.transformer, base)
+    expected = output(policy.denoiser, base)
     with lora_strength(policy, 0.0):
-        torch.testing.assert_close(output(policy.pipeline.transformer, base), output(plain.transformer, base))
+        torch.testing.assert_close(output(policy.denoiser, base), output(network(plain), base))
     with lora_strength(policy, 1.0):
-        assert torch.equal(output(policy.pipeline.transformer, base), expected)
-    assert torch.equal(output(policy.pipeline.transformer, base), expected)
+        assert torch.equal(output(policy.denoiser, base), expected)
+    assert torch.equal(output(policy.denoiser, base), expected)
 
 
 def test_strength_agrees_with_diffusers_adapter_weights(base, tmp_path):
@@ -270,8 +286,8 @@ def test_strength_agrees_with_diffusers_adapter_weights(base, tmp_path):
     plain.load_lora_weights(tmp_path, adapter_name="flowrl")
     plain.set_adapters("flowrl", 0.5)
     with lora_strength(policy, 0.5):
-        half = output(policy.pipeline.transformer, base)
-    torch.testing.assert_close(output(plain.transformer, base), half, rtol=1e-5, atol=1e-5)
+        half = output(policy.denoiser, base)
+    torch.testing.assert_close(output(network(plain), base), half, rtol=1e-5, atol=1e-5)
 
 
 def test_strength_pictures_share_their_noise(base):
@@ -314,10 +330,10 @@ def test_a_run_is_exported_with_card_config_and_sheet(base, tmp_path):
         "README.md", "config.yaml", "pytorch_lora_weights.safetensors", "strengths.png"
     }  # fmt: skip
     with policy.weights("ema"):
-        expected = output(policy.pipeline.transformer, base)
+        expected = output(policy.denoiser, base)
     plain = load(base)
     plain.load_lora_weights(out)
-    torch.testing.assert_close(output(plain.transformer, base), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(network(plain), base), expected, rtol=1e-5, atol=1e-5)
     Image.open(out / "strengths.png").verify()
 
     card = (out / "README.md").read_text()
@@ -349,7 +365,9 @@ def test_card_of_a_run_without_numbers(tmp_path):
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["base_model"] == "stabilityai/stable-diffusion-3.5-medium"
     assert head["license_name"] == "stabilityai-ai-community"
-    assert "Not evaluated." in text and "lora" not in head["tags"]
+    assert "Not evaluated." in text and "lora" not in head["tags"] and "pipe.transformer = type(" in text
+    (run / "unet").mkdir()
+    assert "pipe.unet = type(" in write_card(run, run, merged=True).read_text()
     (run / "config.yaml").write_text(yaml.safe_dump(settings("/home/someone/models/mine")))
     text = write_card(run, run, merged=True).read_text()
     assert "/home" not in text and "base_model" not in text and 'from_pretrained("PATH/TO/mine")' in text
@@ -382,18 +400,16 @@ def test_export_from_a_checkpoint(tmp_path):
     plain = load(base)
     plain.load_lora_weights(tmp_path / "out")
     with policy.weights("ema"):
-        torch.testing.assert_close(
-            output(plain.transformer, base), output(policy.pipeline.transformer, base), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(output(network(plain), base), output(policy.denoiser, base), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="already exists"):
         export(run, tmp_path / "out")
     with pytest.raises(UserError, match="holds no config.yaml"):
         export(tmp_path / "parts", tmp_path / "other")
     export(run, tmp_path / "merged", merge=True, device="cpu")
     whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(output(whole.transformer, base), output(plain.transformer, base), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(network(whole), base), output(network(plain), base), rtol=1e-5, atol=1e-5)
     opened = open_policy(str(tmp_path / "merged"), device="cpu")  # its config.yaml does not make it a run
-    assert torch.equal(output(opened.pipeline.transformer, base), output(whole.transformer, base))
+    assert torch.equal(output(opened.denoiser, base), output(network(whole), base))
 
 
 def test_a_run_that_trained_all_weights_can_be_sampled(tmp_path):
@@ -401,11 +417,11 @@ def test_a_run_that_trained_all_weights_can_be_sampled(tmp_path):
     base, run = ("sd3", tmp_path / "model"), tmp_path / "run"
     policy = PipelinePolicy(load(base), train="full")
     randomise(policy, seed=2)
-    policy.drop_text_encoders()  # as a run does: the export then holds the transformer alone
+    policy.drop_text_encoders()  # as a run does: the export then holds the network alone
     run.mkdir()
     chosen = settings(str(tmp_path / "model"))
     chosen["policy"]["train"] = "full"
     (run / "config.yaml").write_text(yaml.safe_dump(chosen))
     export_policy(policy, run, run / "adapter", sheet=False)
     opened = open_policy(str(run), device="cpu")
-    assert torch.equal(output(opened.pipeline.transformer, base), output(policy.pipeline.transformer, base))
+    assert torch.equal(output(opened.denoiser, base), output(policy.denoiser, base))

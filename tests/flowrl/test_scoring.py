@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from PIL import Image
 
 from flowrl import score_table
 from flowrl.commands import scoring
+from flowrl.commands.progress import Progress
 from flowrl.errors import UserError
-from flowrl.images import Item, find, items, read_image
+from flowrl.images import Item, Unreadable, find, items, read_image
 from reward_models.protocol import RewardError, RewardResult, RewardSpec
 
 
@@ -124,6 +126,37 @@ def test_bad_manifests_are_explained(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     with pytest.raises(UserError, match="twice"):
         items(tmp_path, [{"image": "a.png", "prompt": "a"}] * 2, "the list")
+    for content, said in (
+        ('{"a.png": "one", "a.png": "two"}', "the key 'a.png' comes twice"),
+        ('{"a.png": " "}', "entry 1: the prompt is ' '"),
+        ('[{"image": "a.png", "prompt": "a"}, {"image": "a.png"}]', "entry 2: the prompt is None"),
+        ('[{"image": "a.png", "prompt": "a", "rating": NaN}]', "cannot be written as JSON"),
+    ):
+        (tmp_path / "m.json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            find([tmp_path / "m.json"])
+    (tmp_path / "m.json").write_text('{"a.png": " one "}', encoding="utf-8-sig")  # as spreadsheets write it
+    assert find([tmp_path / "m.json"])[0].prompt == "one"
+
+
+def test_a_column_called_index_need_not_hold_numbers_of_images(tmp_path: Path) -> None:
+    for i, index in enumerate(("0", "", "first", "1.5", "7")):
+        picture(tmp_path / f"{i}.png")
+        (tmp_path / "m.csv").write_text(f"image,prompt,index\n{i}.png,a,{index}\n")
+        assert find([tmp_path / "m.csv"])[0].seed_index == {"0": 0, "7": 7}.get(index)
+
+
+def test_folders_without_images_and_sources_that_do_not_go_together(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for texts in ([], ["a"]):
+        with pytest.raises(UserError, match="holds no images"):
+            find([tmp_path / "empty"], texts=texts)
+    for name in ("x/a.png", "y/b.png"):
+        picture(tmp_path / name)
+    with pytest.raises(UserError, match="expected one folder"):
+        find([tmp_path / "x", tmp_path / "y"], texts=["a"])
+    with pytest.raises(UserError, match=r"a\.png' comes twice"):
+        find([tmp_path / "x/a.png", f"{tmp_path}/x/*.png"], texts=["a"])
 
 
 def test_genevals_folders_are_read_and_other_files_ignored(tmp_path: Path) -> None:
@@ -147,6 +180,14 @@ def test_images_are_turned_by_their_exif_and_lose_their_alpha(tmp_path: Path) ->
     assert read_image(tmp_path / "t.png").shape == (3, 4, 2)
     Image.new("RGBA", (2, 2), (51, 0, 0, 9)).save(tmp_path / "a.png")
     assert torch.equal(read_image(tmp_path / "a.png")[0], torch.full((2, 2), 51 / 255))
+
+
+def test_images_of_more_than_eight_bits_are_missing_and_not_white(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(0, 40000, 10000, dtype=np.uint16).reshape(2, 2)).save(tmp_path / "deep.png")
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tif")
+    for name in ("deep.png", "float.tif"):
+        with pytest.raises(Unreadable, match="more than 8 bits"):
+            read_image(tmp_path / name)
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
@@ -244,6 +285,15 @@ def test_groups_are_scored_whole_and_again_when_one_is_new(tmp_path: Path) -> No
     assert [row["scores"]["red"] for row in done.rows] == pytest.approx([-0.2, -0.4, 0.2, 0.4], abs=1e-6)
 
 
+def test_many_images_of_one_prompt_are_cut_into_batches_where_they_are_scored_alone(tmp_path: Path) -> None:
+    """A folder with one prompt for all: it must not be read at once, nor lost at once."""
+    folder(tmp_path, range(10), ["a"] * 10)
+    alone, together = Red(), Red(scope="group")
+    scored(tmp_path, alone, batch=4)
+    scored(tmp_path, together, name="group", batch=4)
+    assert alone.asked == [4, 4, 2] and together.asked == [10]
+
+
 def test_sizes_may_differ_where_images_are_scored_alone(tmp_path: Path) -> None:
     folder(tmp_path, [10, 20, 30], ["a", "a", "a"])
     picture(tmp_path / "1.png", 200, size=16)
@@ -279,8 +329,53 @@ def test_every_format_is_written_and_prompts_are_escaped(tmp_path: Path) -> None
     assert "<script>" not in page and "&lt;script&gt;" in page and page.count("data:image/png;base64,") == 3
     assert any("jpeg of 3 images, 0 without a score" in line for line in said)
     assert any("6 scores computed" in line for line in said)
+    assert "Means are those of" not in page  # one task
     with pytest.raises(UserError, match=r"ends in \.jsonl"):
         scoring.score([tmp_path / "i"], "jpeg", outs=[tmp_path / "x.txt"])
+    with pytest.raises(UserError, match="expected one table"):
+        scoring.score([tmp_path / "i"], "jpeg", outs=[tmp_path / "x.jsonl", tmp_path / "y.jsonl"])
+
+
+def test_the_table_lies_where_its_names_are_relative_to_and_folders_are_made(tmp_path: Path) -> None:
+    folder(tmp_path / "i", [0, 51])
+    (tmp_path / "i/m.json").write_text('{"0.png": "a"}')
+    assert scoring.score([tmp_path / "i/m.json"], "jpeg", say=str) == tmp_path / "i/scores.jsonl"
+    manifest = (tmp_path / "i/m.json").read_text()
+    with pytest.raises(UserError, match="is what is read"):
+        scoring.score([tmp_path / "i/m.json"], "jpeg", outs=[tmp_path / "i/m.json"], say=str)
+    with pytest.raises(UserError, match=r"scores\.jsonl is what is read"):
+        scoring.score([tmp_path / "i/scores.jsonl"], "jpeg", say=str)
+    assert (tmp_path / "i/m.json").read_text() == manifest
+    (tmp_path / "i/scores.jsonl").unlink()
+    new = tmp_path / "new/deep/s.html"
+    assert scoring.score([tmp_path / "i"], "jpeg", outs=[new], say=str) == new.with_suffix(".jsonl")
+    assert new.is_file()
+    with pytest.raises(UserError, match="cannot make the folder"):
+        scoring.score([tmp_path / "i"], "jpeg", outs=[new / "under a file" / "s.csv"], say=str)
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path, [0])
+    monkeypatch.setattr("os.access", lambda *_: False)  # permissions do not bind the superuser
+    with pytest.raises(UserError, match="cannot be written to"):
+        scoring.score([tmp_path], "jpeg", say=str)
+    assert not (tmp_path / "scores.jsonl").exists()
+
+
+def test_the_page_shows_each_task_and_what_is_missing(tmp_path: Path) -> None:
+    found = find([folder(tmp_path, [0, 51, 255, 9])])
+    rows = [Item(**{**vars(item), "metadata": {"tag": ["动作", "<b>$y$"][i % 2]}}) for i, item in enumerate(found)]
+    picture(tmp_path / "3.png", 0, 255)  # makes the reward raise
+    done = scoring.score_items(rows, {"red": Red()}, tmp_path / "s.jsonl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as those about glyphs that a font lacks
+        page = scoring.page(done, {item.image: item.path for item in rows})
+    assert "动作" in page and "<b>" not in page and "&lt;b&gt;$y$" in page
+    assert "red: mean of each task" in page and "<svg" in page and "Means are those of the 2 task means" in page
+    assert "red: missing" in page and "too green" in page
+    assert "without a score (reward" in f"1 without a score{scoring._why(done.rows, 'red')}"
 
 
 def test_what_reward_names_mean() -> None:
@@ -291,6 +386,30 @@ def test_what_reward_names_mean() -> None:
         scoring.load_rewards("jpeg,jpeg")
     with pytest.raises(UserError, match="unknown reward 'jpgg'"):
         scoring.load_rewards("jpgg")
+
+
+@pytest.mark.parametrize(
+    "text", ["jpgg", "jpeg,jpgg", "{jpeg: 1, jpgg: 1}", "[jpeg, {jpgg: {path: x}}]", "{jpeg: x}", "{jpeg: ", "[]", ""]
+)
+def test_what_names_no_reward_is_refused_without_loading(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError):
+        scoring.check_rewards(text)
+
+
+def test_good_rewards_pass_the_check_unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowrl.rewards.load_reward", lambda *_: pytest.fail("loaded"))
+    for text in ("jpeg, pickscore", "{hpsv2: 1, jpeg: 0.1}", "[{clip: {path: X}}, my_module:Mine]"):
+        scoring.check_rewards(text)
+
+
+def test_long_work_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 11.0, 12.0, 21.5])
+    monkeypatch.setattr("flowrl.commands.progress.time.monotonic", lambda: next(clock))
+    said: list[str] = []
+    tell = Progress(said.append, 9, "images drawn")
+    for done in (1, 2, 3, 4):
+        tell(done)
+    assert said == ["2 of 9 images drawn", "4 of 9 images drawn"]
 
 
 def test_a_damaged_or_foreign_table_is_refused(tmp_path: Path) -> None:

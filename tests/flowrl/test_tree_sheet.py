@@ -45,7 +45,7 @@ def rolled(policy, plan, roots, prompt, shared=False, guidance=1.0):
     with torch.no_grad():
         tree = samplers.rollout(
             lambda x, s, index: policy.predict(x, s, cond[index], guidance), plan, keys,
-            latent_shape=policy.latent_shape(), init_keys=init, prior_std=policy.prior_std,
+            latent_shape=policy.latent_shape(), init_keys=init, prior_std=policy.prior_std(plan.s[0]),
         )  # fmt: skip
     return tree, cond, init
 

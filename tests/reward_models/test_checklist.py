@@ -50,6 +50,8 @@ def test_questions_are_read():
         Question("Is there a cat?"),
         Question("Is it a dog?", False, (0,), 2.0),
     ]
+    filled = {"question": "Is there a cat?", "answer": None, "needs": None, "weight": None}  # as tables fill up
+    assert parse_questions({"questions": [filled]}) == [Question("Is there a cat?")]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,9 @@ def test_questions_are_read():
         ([" "], "expected a text"),
         ([{"question": "Is it?", "answer": "perhaps"}], "perhaps"),
         ([{"question": "Is it?", "needs": [0]}], "earlier"),
+        (["Is it?", {"question": "Is it not?", "needs": 0}], "earlier"),
+        ([{"question": "Is it?", "answer": ["yes"]}], "neither"),
+        ([{"question": "Is it?", "answer": 1}], "neither"),
         ([{"question": "Is it?", "weight": 0}], "positive"),
     ],
 )

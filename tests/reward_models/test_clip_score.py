@@ -99,6 +99,13 @@ def test_long_prompts_are_cut_and_versions_follow_the_weights(folder):
     assert clip.spec.differentiable and clip.spec.range == (-1, 1)
 
 
+def test_a_prefix_stands_before_every_prompt(folder, images):
+    plain, with_prefix = ClipScore(folder), ClipScore(folder, prefix="a photo ")
+    expected = checked_score(plain, images, ["a photo " + prompt for prompt in PROMPTS]).values
+    assert torch.allclose(checked_score(with_prefix, images, PROMPTS).values, expected, atol=1e-6)
+    assert plain.spec.version != with_prefix.spec.version
+
+
 def test_wrong_folders_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="no-such-model"):
         bundled_model("no-such-model")
@@ -108,3 +115,34 @@ def test_wrong_folders_are_named(folder, tmp_path):
         (tmp_path / name).write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert'"):
         ClipScore(tmp_path)
+
+
+def test_inference_mode(folder, images):
+    """Such tensors count no changes, so that nothing may be remembered of them."""
+    clip = ClipScore(folder)
+    expected = checked_score(clip, images, PROMPTS).values
+    with torch.inference_mode():
+        assert torch.equal(checked_score(clip, images, PROMPTS).values, expected)
+        mine = images.clone()
+        before = clip.features(mine)
+        mine.mul_(0.5)
+        assert not torch.allclose(clip.features(mine), before)
+
+
+def test_what_the_preprocessor_says_is_done_or_refused(folder, tmp_path):
+    import shutil
+
+    def with_settings(name, **said):
+        other = shutil.copytree(folder, tmp_path / name)
+        settings = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3} | said
+        (other / "preprocessor_config.json").write_text(json.dumps(settings))
+        return other
+
+    said = {"resample": 2, "do_center_crop": False, "size": {"height": SIZE, "width": SIZE}}
+    squeezed = ClipScore(with_settings("squeezed", **said)).preprocessing
+    assert (squeezed.fit, squeezed.mode, squeezed.size) == ("squeeze", "bilinear", SIZE)
+    usual = ClipScore(with_settings("usual", resample=3, size=SIZE, crop_size=SIZE)).preprocessing
+    assert (usual.fit, usual.mode) == ("crop", "bicubic")
+    for name, wrong in (("large", {"size": {"shortest_edge": 2 * SIZE}}), ("nearest", {"resample": 0})):
+        with pytest.raises(ValueError, match=r"preprocessor_config\.json resizes"):
+            ClipScore(with_settings(name, **wrong))

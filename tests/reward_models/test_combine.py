@@ -118,6 +118,8 @@ def test_spec_of_a_combination():
     parts = {"a": Fixed("a", [0.0] * 3, range=(0.5, 2.0)), "b": Fixed("b", [0.0] * 3, range=(0.0, 3.0), scope="group")}
     spec = Combined(parts, {"a": 1.0, "b": 1.0}, "product").spec
     assert spec.range == (0.0, 6.0) and spec.scope == "group" and spec.name == "product(a, b)"
+    named = Combined({"looks": parts["a"], "b": parts["b"]}, {"looks": 2.0, "b": 1.0}, "product").spec
+    assert named.name == "product(looks: a^2, b)"  # a free label does not hide which reward it is
     parts["b"] = Fixed("b", [0.0] * 3, range=(0.0, math.inf))
     assert Combined(parts, {"a": 1.0, "b": 1.0}, "minimum").spec.range == (0.0, 2.0)
 
@@ -191,6 +193,25 @@ def test_trust_by_hand():
     assert values(reward) == [1.0, 0.0, 1.0] and reward.spec.scope == "group"
 
 
+def test_other_options_are_another_spec():
+    value, trusted = (
+        {"value": Fixed("v", [0.0]), "gate": Fixed("g", [0.0])},
+        {"verified": Fixed("v", [0.0]), "learned": Fixed("l", [0.0])},
+    )
+    one = {"value": 1.0, "gate": 1.0}
+    ramps = [{"updates": [0, u], "values": [0.2, 0.4]} for u in (5, 9)]
+    gates = [Gate(value, one), *(Gate(value, one, ramp, 0.5) for ramp in ramps), Gate(value, one, ramps[0], 0.7)]
+    both = {"verified": 1.0, "learned": 1.0}
+    trusts = [
+        Trust(trusted, both),
+        Trust(trusted, both | {"learned": 2.0}),
+        Trust(trusted, both, 0.7),
+        Trust(trusted, both, decay=9),
+    ]
+    assert len({reward.spec for reward in gates + trusts}) == 8
+    assert at(gates[1], 7).spec == gates[1].spec  # which update it is does not make it another reward
+
+
 # --- the grammar ------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +244,10 @@ def test_the_same_reward_in_all_forms_of_the_grammar():
         ({"combine": "gate", "of": {"value": "a", "gate": "b"}, "at_lest": 1}, "Did you mean 'at_least'"),
         ({"combine": "gate", "of": {"value": {"path": "x"}, "gate": "b"}}, "no reward's name"),
         ({"transform": "pa", "of": "a"}, "Did you mean 'par'"),
+        ({"transform": ["scale"], "of": "a"}, "expected one of scale"),
+        ({"combine": "gate", "of": {1: "a", "gate": "b"}}, "expected gate and value"),
+        ({"combine": "trust", "of": {"verified": "a", "learned": "b"}, "decay": "soon"}, "decay: 'soon'"),
+        ({"combine": "regional", "of": {"global": "a", "local": "b"}, "detector": "shapes", "size": 0}, "size 0"),
         ({"transform": "par", "of": "a", "temprature": 2}, "Did you mean 'temperature'"),
         ({"transform": "par", "of": "a"}, "expected one of the two"),
         ({"transform": "threshold", "of": "a"}, "without least"),
@@ -257,6 +282,9 @@ STAR_AND_HEART = {
 }
 
 
+LEVELS, BOTH = ("global", "subject", "relation"), ("global", "local")
+
+
 class Boxes:
     """A detector that sees a star on the left, and a heart on the right of bright images."""
 
@@ -282,6 +310,9 @@ def test_units_of_a_prompt():
     assert [s.text for s in subjects(STAR_AND_HEART)] == ["a photo of a heart", "a photo of a red star"]
     assert relations(STAR_AND_HEART) == ["a photo of a star left of a heart"]
     assert subjects({}) is None and relations({}) == []
+    orange = {"include": [{"class": "apple"}, {"class": "cat", "color": "orange", "position": ["above", 0]}]}
+    assert [s.text for s in subjects(orange)] == ["a photo of an apple", "a photo of an orange cat"]
+    assert relations(orange) == ["a photo of a cat above an apple"]
     assert subjects({"subjects": ["cat", {"class": "dog", "text": "a wet dog"}]})[1] == ("dog", "a wet dog", 1)
 
 
@@ -302,19 +333,81 @@ def test_hierarchy_by_hand():
     assert rewards["subject"].asked == ["a photo of a heart", "a photo of a red star", "a photo of a red star"]
 
 
-def test_detectors_compute_where_rewards_do(monkeypatch):
+def test_a_detector_is_loaded_with_the_reward_and_where_it_computes(monkeypatch):
     asked = []
 
     def detector(given, device):
         asked.append((given, device))
         return Boxes()
 
-    monkeypatch.setattr("reward_models.regions.load_detector", detector)
+    monkeypatch.setattr("reward_models.recipe.load_detector", detector)
     options = {"detector": "a/mask2former", "of": {"subject": "jpeg"}}
     nested = {"combine": "sum", "of": {"h": {"weight": 1.0, "combine": "hierarchy", **options}}}
+    recipe.check(recipe.parse(nested))
+    assert not asked  # checking loads nothing
     reward = reward_models.load(nested, device="meta")
-    checked_score(reward, torch.ones(1, 3, 8, 8), ["p"], [STAR_AND_HEART], all_missing="allow")
     assert asked == [("a/mask2former", "meta")]
+    checked_score(reward, torch.ones(1, 3, 8, 8), ["p"], [STAR_AND_HEART], all_missing="allow")
+    monkeypatch.undo()
+    for wrong, said in (("no_such_module:Eyes", "no_such_module"), (3, "detector 3"), (None, "detector None")):
+        with pytest.raises(ValueError, match=said):
+            reward_models.load({"combine": "regional", "detector": wrong, "of": dict.fromkeys(BOTH, "validity")})
+
+
+def test_levels_and_regions_keep_the_raw_values_of_what_they_are_made_of():
+    grey = torch.full((2, 3, 8, 8), 0.8)
+    one = {"x": Grey("x"), "y": Grey("y")}
+    nested = Combined(one, {"x": 1.0, "y": 1.0}, "product")
+    scaled = recipe.transforms()["scale"](Grey("raw"), divide=2)
+    reward = Hierarchy({"global": nested, "subject": nested, "relation": scaled}, dict.fromkeys(LEVELS, 1.0), Boxes())
+    out = checked_score(reward, grey, ["p", "p"], [STAR_AND_HEART, {"include": [{"class": "star", "count": 1}]}])
+    names = {"global", "subject", "relation", "global/x", "global/y", "subject/x", "subject/y", "relation/raw"}
+    assert set(out.parts) == names
+    assert out.parts["subject/x"].tolist() == pytest.approx([0.8, 0.8])
+    assert out.parts["relation/raw"][0] == pytest.approx(0.8) and out.parts["relation/raw"][1].isnan()
+    empty = checked_score(reward, grey, ["p", "p"], [{}, {}], all_missing="allow")
+    assert set(empty.parts) == names  # whatever the prompts, so that batches and processes agree
+    assert set(checked_score(reward, grey[:0], [], []).parts) == names
+    bounded = recipe.transforms()["scale"](Grey("raw"), low=0, high=1)
+    regional = Regional({"global": nested, "local": bounded}, {"global": 1.0, "local": 1.0}, Boxes())
+    out = checked_score(regional, grey, ["p", "p"], [STAR_AND_HEART] * 2)
+    assert set(out.parts) == {"global", "local", "global/x", "global/y", "local/raw"}
+    assert out.parts["local/raw"].tolist() == pytest.approx([0.8] * 2)
+
+
+def test_their_specs_name_the_detector_and_every_option():
+    rewards, weights = {"global": Grey(), "subject": Grey()}, {"global": 1.0, "subject": 1.0}
+    newer = Boxes()
+    newer.version, newer.preprocessing = "eyes 2", "as it is"
+    options: list[dict] = [{}, {"absent": 0.1}, {"margin": 0.2}, {"size": 64}, {"least": 0.4}]
+    specs = [Hierarchy(rewards, weights, Boxes(), **each).spec for each in options]
+    specs.append(Hierarchy(rewards, weights, newer).spec)
+    assert len(set(specs)) == 6 and specs[0] == Hierarchy(rewards, weights, Boxes()).spec
+    assert "Boxes" in specs[0].version and "eyes 2" in specs[-1].version and "as it is" in specs[-1].preprocessing
+    parts, one = {"global": Grey(), "local": Grey()}, {"global": 1.0, "local": 1.0}
+    assert (
+        Regional(parts, one, Boxes()).spec != Regional(parts, one, newer).spec != Regional(parts, one, newer, 0.5).spec
+    )
+    for wrong in ({"size": 0}, {"size": 8.5}, {"margin": -1.0}, {"least": "high"}):
+        with pytest.raises(ValueError, match="[Cc]orrect"):
+            Regional(parts, one, Boxes(), **wrong)
+
+
+def test_an_image_without_a_local_score_or_a_subject_has_no_region_map():
+    class Shy(Grey):
+        """Has no score for what is dark."""
+
+        def score(self, images, prompts, metadata, groups=None):
+            grey = images.mean((1, 2, 3))
+            return RewardResult(grey.where(grey > 0.5, NAN), reasons=[None if g > 0.5 else "dark" for g in grey])
+
+    images = reward_models.to_8bit(torch.tensor([0.2, 0.8, 0.8])[:, None, None, None].expand(3, 3, 8, 8))
+    reward = Regional({"global": Grey(), "local": Shy()}, {"global": 1.0, "local": 1.0}, Boxes())
+    out = checked_score(reward, images, ["p"] * 3, [STAR_AND_HEART, STAR_AND_HEART, {}])
+    assert out.missing.tolist() == [True, False, True]
+    assert out.reasons == ["local: dark", None, "the metadata names no subject"]
+    assert out.region_map.isnan().all((1, 2)).tolist() == out.missing.tolist()
+    assert checked_score(reward, images[:0], [], []).region_map.shape == (0, 8, 8)
 
 
 def test_hierarchy_leaves_out_what_a_prompt_has_nothing_of():

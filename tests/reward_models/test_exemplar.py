@@ -94,6 +94,15 @@ def test_a_reference_is_like_itself_and_neither_order_nor_chunk_matters(manifest
     assert torch.allclose(one.score(x[order], PROMPTS, [{}] * 4).values, values[order], atol=1e-6)
 
 
+@pytest.mark.parametrize("similarity", ["patch", "transport"])
+def test_references_may_be_compared_a_few_at_a_time(manifest, monkeypatch, similarity):
+    file, _ = manifest
+    reward, x = ExemplarReward(file.parent, features=toy_features(), similarity=similarity), images(2)
+    values = reward.score(x, PROMPTS, [{}] * 4).values
+    monkeypatch.setattr("reward_models.exemplar.PAIRS", 2 * 4 * 4)  # of four patches each: two references, then one
+    assert torch.allclose(reward.score(x, PROMPTS, [{}] * 4).values, values, atol=1e-3)
+
+
 @pytest.mark.parametrize(("similarity", "tolerance"), [("cosine", 0.01), ("patch", 0.01), ("transport", 0.3)])
 def test_gradient_is_that_of_the_score(manifest, similarity, tolerance):
     file, _ = manifest

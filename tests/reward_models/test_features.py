@@ -1,10 +1,13 @@
 """Backbones with random weights against the forward passes of timm and transformers themselves."""
 
+import dataclasses
 import json
+import weakref
 
 import pytest
 import torch
 from torch.nn.functional import interpolate
+from toy_backbone import toy_features
 
 from reward_models.features import load_features, weights_hash
 from reward_models.torchvision_ops import ready
@@ -78,6 +81,34 @@ def test_timm_weights_of_another_size_are_resampled_and_misfits_refused(dino, im
         load_features({"kind": "timm", "model": "vit_base_patch14_dinov9"})
     with pytest.raises(ValueError, match="VisionTransformer"):
         load_features({"kind": "timm", "model": "resnet18", "path": path})
+
+
+def test_weights_out_of_reach_are_a_matter_of_the_path(monkeypatch):
+    def offline(*args, **options):
+        raise ConnectionError("no network")
+
+    ready()
+    monkeypatch.setattr("timm.models.load_state_dict_from_hf", offline)
+    with pytest.raises(ValueError, match="no network.*as path"):
+        load_features({"kind": "dino", "size": SIZE, **SMALL})
+
+
+def test_only_one_chunk_s_tokens_are_held_for_features():
+    alive, most = [0], [0]
+
+    class Counted(torch.Tensor):
+        pass
+
+    def network(x):
+        tokens = torch.zeros(len(x), 4, 6).as_subclass(Counted)
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(tokens, lambda: alive.__setitem__(0, alive[0] - 1))
+        return x.mean((1, 2, 3))[:, None], tokens, x.mean((1, 2, 3))[:, None]
+
+    features = dataclasses.replace(toy_features(chunk=1), network=network)
+    assert features.features(torch.rand(6, 3, 16, 16)).shape == (6, 1)
+    assert most[0] <= 2  # the next chunk is there before the last one goes
 
 
 def test_preprocessing_squeezes_with_antialias(dino, images):

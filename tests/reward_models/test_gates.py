@@ -57,5 +57,10 @@ def test_the_reward():
     assert result.values.tolist() == [1, 0] and result.reasons[0] is None and "blank" in result.reasons[1]
     assert checked_score(load("validity", size=(9, 9)), images, ["", ""]).values.tolist() == [0, 0]
     assert load("validity", least_std=0.1).spec != load("validity").spec
-    with pytest.raises(ValueError, match="least_std"):
-        load("validity", darkest=0.1)
+    assert load("validity", size=[9, 9]).spec == load("validity", size=(9, 9)).spec
+    for wrong in ({"darkest": 0.1}, {"least_std": "0.1"}):
+        with pytest.raises(ValueError, match="least_std"):
+            load("validity", **wrong)
+    for size in (9, [9], "99"):
+        with pytest.raises(ValueError, match="height, width"):
+            load("validity", size=size)

@@ -14,6 +14,7 @@ from reward_models.geneval import (
     image_and_prompt_shares,
     iou,
     judge,
+    range_of,
     record,
     relations,
     select,
@@ -201,11 +202,39 @@ def test_record_has_the_official_form():
         ({"include": [{"class": "A", "count": 1}, {"class": "A", "count": 1, "position": ["near", 0]}]}, "'near'"),
         ({"include": [{"class": "A", "count": 1}, {"class": "A", "count": 1, "position": "above"}]}, "'above'"),
         ({"exclude": [{"class": "C", "count": 1}]}, "'C'"),
+        ({"exclude": {"class": "A", "count": 1}}, "a list of clauses"),
     ],
 )
 def test_bad_metadata_is_named(change, said):
     assert check_metadata(POSITION, "AB", ("red",)) is None
     assert said in (check_metadata(POSITION | change, "AB", ("red",)) or "")
+
+
+def test_without_classes_and_colours_any_are_right():
+    other = {"include": [{"class": "dog", "count": 1, "color": "teal"}]}
+    assert check_metadata(POSITION | other) is None
+    assert "count" in (check_metadata(POSITION | {"include": [{"class": "dog"}]}) or "")
+
+
+@pytest.mark.parametrize("metadata", [POSITION, COUNTING, TWO, COLOURS, ATTRIBUTES])
+def test_keys_that_a_table_filled_up_with_nothing_are_absent(metadata):
+    """A row of an Arrow or Parquet table has every key that any row has."""
+    keys = ("class", "count", "color", "position")
+    filled = metadata | {"include": [{key: clause.get(key) for key in keys} for clause in metadata["include"]]}
+    filled |= {"exclude": metadata.get("exclude")}
+    assert check_metadata(filled, "AB", ("red", "blue")) is None
+    for found in ([], [at("B", 0), at("A", 50)], [at("A", 20 * i) for i in range(3)]):
+        answers = [judge(found, m, lambda objects: ["red"] * len(objects), COMPAT) for m in (metadata, filled)]
+        assert answers[0] == answers[1]
+
+
+def test_ranges_of_the_three_kinds():
+    kinds = ("x", "x-strict", "x-soft")
+    assert [range_of(kind, kinds) for kind in kinds] == [(0, 1), (0, 1), (-14, 1)]
+    most = [at("A", 20 * i) for i in range(40)]  # sixteen are kept, one is asked for
+    assert judge(most, TWO | {"include": TWO["include"][:1]}, no_colours).soft == -14
+    with pytest.raises(ValueError, match="x-strict"):
+        range_of("y", kinds)
 
 
 def test_detections_with_masks_compare_and_sort():

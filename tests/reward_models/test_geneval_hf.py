@@ -154,13 +154,48 @@ def test_batches_and_sizes_do_not_matter(detector):
 def test_detectors_by_name(folder, detector):
     assert load_detector(detector) is detector
     assert "circle" in load_detector("shapes").classes
-    assert load_detector("fastestdet:COCO_CLASSES") is COCO_CLASSES  # an object is given as it is
+    assert load_detector("test_plug_ins:BLIND", self_check=False) is BLIND  # an object is given as it is
+    with pytest.raises(ValueError, match="a tuple"):
+        load_detector("fastestdet:COCO_CLASSES")
     with pytest.raises(ValueError, match="module:attribute"):
         load_detector("no_such_module:Detector")
     with pytest.raises(ValueError, match="at least 80"):
         load_detector(str(folder))
     with pytest.raises(ValueError, match="no folder here"):
         load_detector("nowhere to be found")
+
+
+class Blind:
+    """Knows stop signs, and finds none."""
+
+    classes = COCO_CLASSES
+
+    def detect(self, images):
+        return [[] for _ in images]
+
+
+BLIND = Blind()
+
+
+@pytest.fixture(autouse=True)
+def plug_ins(monkeypatch):
+    """This module under a name by which detectors and colours can be asked for."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "test_plug_ins", sys.modules[__name__])
+
+
+def test_a_detector_of_stop_signs_is_checked_when_it_is_loaded_by_name(clip):
+    for name in ("test_plug_ins:BLIND", "test_plug_ins:Blind"):
+        for reward, options in (
+            ("geneval-hf", {"colours": str(clip)}),
+            ("layout-iou", {}),
+            ("t2i-compbench", {"clip": None}),
+        ):
+            with pytest.raises(RewardError, match=r"self-check.*`self_check: false`"):
+                load(reward, detector=name, **options)
+            assert load(reward, detector=name, self_check=False, **options).detector.classes is COCO_CLASSES
+    assert load_detector("shapes").classes[0] == "circle"  # knows none: nothing to check
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------
@@ -236,6 +271,13 @@ def test_another_activation_is_refused(tmp_path):
         ClipColours(tiny_scorers.clip_folder(tmp_path, act="gelu"))
 
 
+def test_colours_by_name(clip):
+    reward = load("geneval-hf", detector=BLIND, colours="test_plug_ins:Seen")
+    assert isinstance(reward.colours, Seen) and "Seen" in reward.spec.version
+    with pytest.raises(ValueError, match="classify"):
+        load("geneval-hf", detector=BLIND, colours="nowhere:Seen")
+
+
 def test_an_object_is_classified_once():
     asked = []
 
@@ -271,7 +313,7 @@ def test_the_whole_path_with_small_models(detector, clip):
 
 def test_options_of_the_reward(detector, clip):
     reward = load("geneval-hf-soft", detector=detector, colours=str(clip), flow_grpo_compat=True)
-    assert reward.options.flow_grpo_compat and reward.spec.range == (-15, 1)
+    assert reward.options.flow_grpo_compat and reward.spec.range == (-14, 1)
     with pytest.raises(ValueError, match="geneval-hf"):
         GenevalReward("geneval", detector, str(clip))
     with pytest.raises(ValueError, match="fields of"):
@@ -307,6 +349,7 @@ def fastestdet():
 @real
 def test_the_self_check_passes_with_a_real_detector_and_not_with_a_broken_one(fastestdet):
     assert self_check(fastestdet) > 0.8
+    assert load_detector("fastestdet:FastestDet").version == "fastestdet"  # checked by the way
 
     class Broken:
         classes = COCO_CLASSES

@@ -83,9 +83,16 @@ def test_the_reward_reads_rows_and_metadata():
         COLOURED | {"details": {"cat": [[*BOX, 0.9]]}},
         COLOURED,
         {"details": {}},
+        {"tag": "x", "include": [{"class": "cat"}], "details": {}},
+        {
+            "tag": "x",
+            "include": [{"class": "cat", "count": 1, "position": ["above", 3]}],
+            "details": {"cat": [[*BOX, 1]]},
+        },
     ]
-    result = checked_score(load("geneval-stored"), torch.zeros(5, 3, 2, 2), [""] * 5, rows)
-    assert result.values[:2].tolist() == [1, 1] and result.missing.tolist() == [False, False, True, True, True]
+    result = checked_score(load("geneval-stored"), torch.zeros(7, 3, 2, 2), [""] * 7, rows)
+    assert result.values[:2].tolist() == [1, 1] and result.missing.tolist() == [False] * 2 + [True] * 5
+    assert "count" in result.reasons[5] and "earlier" in result.reasons[6]
     assert "colours" in result.reasons[2] and "details" in result.reasons[3] and "include" in result.reasons[4]
     soft = checked_score(load("geneval-stored", kind="geneval-stored-soft"), torch.zeros(1, 3, 2, 2), [""], rows[:1])
     assert soft.values.item() == pytest.approx(1 / 3)

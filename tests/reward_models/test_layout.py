@@ -60,6 +60,8 @@ def test_against_all_matchings(planned, found):
         (None, "no 'layout'"),
         ([], "no 'layout'"),
         ([{"class": "cat"}], "four numbers"),
+        ([{"class": "cat", "box": ["left", 0, 1, 1]}], "four numbers"),
+        ([{"class": "cat", "box": [None, 0, 1, 1]}], "four numbers"),
         ([{"class": "cow", "box": [0, 0, 1, 1]}], "'cow'"),
         ([{"class": "cat", "box": [0, 0, 64, 64]}], "fractions"),
         ([{"class": "cat", "box": [0.5, 0, 0.5, 1]}], "x1 < x2"),
@@ -99,3 +101,18 @@ def test_in_the_shapes_world():
     )
     values = checked_score(reward, image.repeat(2, 1, 1, 1), ["", ""], [right_way, wrong_way]).values
     assert values[0] > 0.7 and values[1] == 0
+
+
+def test_in_the_shapes_world_at_another_size():
+    """The same scene at 256x256 px, and cut to 192x256: the boxes are fractions of the picture as it is."""
+    circle = render.Shape("circle", "red", 18.0, 32.0, 9.0, 0.0, render.PALETTE["red"])
+    image = torch.from_numpy(render.render(render.Scene((circle,), (230, 230, 230)), 256).copy())
+    image = image.permute(2, 0, 1)[None].float() / 255
+    left, top, right, bottom = (18 - 8.3) / 64, (32 - 8.3) / 64, (18 + 8.3) / 64, (32 + 8.3) / 64
+    reward = load("layout-iou", detector="shapes")
+    for picture, box in (
+        (image, [left, top, right, bottom]),
+        (image[:, :, 32:224], [left, (top - 1 / 8) * 4 / 3, right, (bottom - 1 / 8) * 4 / 3]),
+    ):
+        values = checked_score(reward, picture, [""], [{"layout": [{"class": "circle", "box": box}]}]).values
+        assert values.item() > 0.85

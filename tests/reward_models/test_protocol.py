@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reward_models import RewardError, RewardResult, RewardSpec, checked_score, to_8bit
-from reward_models.protocol import as_result
+from reward_models.protocol import as_result, pixels_of
 
 IMAGES, PROMPTS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["a", "b", "c"]
 
@@ -65,6 +65,9 @@ def test_what_the_reward_sees_and_what_comes_back():
         (values(1.0, 2.0, 3.0, reasons=["x"]), "1 reasons for 3"),
         (RewardResult([1.0, 2.0, 3.0]), "is a list"),
         (RewardResult(torch.ones(3, dtype=torch.complex64)), "complex"),
+        (values(1.0, 2.0, 3.0, uncertainty=torch.ones(2)), "uncertainty has shape"),
+        (values(1.0, 2.0, 3.0, uncertainty=torch.tensor([0, 0, math.inf])), "uncertainty"),
+        (values(1.0, 2.0, 3.0, region_map=torch.ones(2, 4, 4)), r"region_map has shape \(2, 4, 4\)"),
         (torch.ones(3), "expected a RewardResult"),
         (None, "NoneType"),
     ],
@@ -88,7 +91,7 @@ def test_the_reason_for_all_missing_is_told_and_can_be_allowed():
     ("images", "prompts", "more", "said"),
     [
         (IMAGES.permute(0, 2, 3, 1), PROMPTS, {}, "shape"),
-        ((IMAGES * 255).byte(), PROMPTS, {}, "uint8"),
+        ((IMAGES * 255).long(), PROMPTS, {}, "uint8"),
         (IMAGES, PROMPTS[:2], {}, "2 prompts for 3 images"),
         (IMAGES, PROMPTS, {"metadata": [{}]}, "1 metadata"),
         (IMAGES, PROMPTS, {"groups": torch.zeros(4)}, "4 groups"),
@@ -112,3 +115,19 @@ def test_answers_of_plain_functions():
     for wrong, said in ((3.0, "float"), ("abc", "str"), ([1.0], "1 values for 3"), ([1, 2, "x"], "no number")):
         with pytest.raises(RewardError, match=said):
             as_result(wrong, 3, "f")
+
+
+def test_bytes_are_the_grid_itself():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_8bit(every), to_8bit(every / 255)) and to_8bit(every).dtype == torch.float32
+    reward = Fixed(values(1.0))
+    dark = torch.ones(1, 3, 4, 4, dtype=torch.uint8)  # all ones: the type says that this is nearly black
+    checked_score(reward, dark, ["a"])
+    assert reward.seen[0].max() == torch.tensor(1.0) / 255
+    assert pixels_of(reward.seen[0][0]).tolist() == dark[0].permute(1, 2, 0).tolist()
+
+
+def test_uncertainty_and_region_map_come_back_in_float32():
+    more = {"uncertainty": torch.ones(3, dtype=torch.float64), "region_map": torch.ones(3, 2, 2, dtype=torch.float64)}
+    result = checked_score(Fixed(values(1.0, 2.0, 3.0, **more)), IMAGES, PROMPTS)
+    assert result.uncertainty.dtype == result.region_map.dtype == torch.float32

@@ -40,16 +40,11 @@ def test_manifests_of_every_form_say_the_same(folder, form):
     assert found.of("three") == () and len(found.files) == 3
 
 
-def test_missing_files_are_counted_and_named_or_skipped(folder):
+def test_missing_files_are_counted_and_named(folder):
     path = folder / "m.json"
     path.write_text(json.dumps({"one": ["a.jpg", "gone.png"], "two": ["lost.png"]}))
     with pytest.raises(ValueError, match=r"2 files that are not there.*gone\.png.*lost\.png"):
         load_references(path)
-    found = load_references(path, missing="skip")
-    assert found.missing == (folder / "gone.png", folder / "lost.png")
-    assert found.files == (folder / "a.jpg",) and found.of("two") == ()
-    with pytest.raises(ValueError, match="'skip'"):
-        load_references(path, missing="maybe")
 
 
 @pytest.mark.parametrize("text", ["{", "3", '[{"prompt": "a"}]', '{"a": [1]}', '{"a": {"b": 1}}', "{}"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import features
 
+from reward_models import rules
 from reward_models.rules import JpegReward
 
 GREY = np.full((512, 512, 3), 128)
@@ -26,3 +27,14 @@ def test_simple_images_are_more_compressible():
     images = torch.tensor(np.stack([GREY, RAMP, NOISE]), dtype=torch.float32).permute(0, 3, 1, 2) / 255
     values = JpegReward().score(images, [""] * 3, [{}] * 3).values
     assert values[0] > values[1] > values[2]
+
+
+def test_the_encoder_is_checked_when_the_reward_is_made(monkeypatch):
+    assert rules.encoder().startswith("libjpeg") and JpegReward().spec.version.endswith(rules.encoder())
+    rules.encoder.cache_clear()
+    real = rules._size
+    monkeypatch.setattr(rules, "_size", lambda pixels: real(pixels) * 101 // 100)  # finer tables: another encoder
+    with pytest.raises(ValueError, match="another encoder"):
+        JpegReward()
+    monkeypatch.undo()
+    assert rules.encoder()

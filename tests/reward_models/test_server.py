@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -201,6 +203,41 @@ def test_damaged_and_unframed_bodies_are_refused(url: str) -> None:
     assert answer.headers[wire.DIGEST] == wire.digest(answer.content)
 
 
+def test_chunks_do_not_get_round_the_length(url: str) -> None:
+    """HTTP reads a body that is sent in chunks by these, whatever length it announces besides."""
+    head = b"POST /score HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 80), timeout=30) as raw:
+        raw.sendall(head + b"content-length: 9\r\ntransfer-encoding: chunked\r\n\r\n")
+        with contextlib.suppress(OSError):  # it hangs up in between
+            for _ in range(2000):
+                raw.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
+                time.sleep(0.0005)
+            pytest.fail("took two megabytes for nine bytes")
+    assert HTTP.get(f"{url}/health").status_code == 200
+
+
+def test_what_json_is_read_into_is_bounded(url: str) -> None:
+    limits = Limits(entries=1000)
+    with server.running({"n": Numbered()}, limits=limits) as small:
+        assert ask(small, [items([1])[0] | {"metadata": {"a": [[]] * 400}}]).status_code == 200
+        refused = ask(small, [items([1])[0] | {"metadata": {"a": [[]] * 600}}])
+    assert refused.status_code == 413 and "at most 1000" in refused.json()["error"]
+
+
+def test_answers_are_kept_without_pixels() -> None:
+    apps: list[Any] = []
+
+    def keep(app: Any) -> Any:
+        apps.append(app)
+        return app
+
+    with server.running({"n": Numbered()}, wrap=keep) as url:
+        for n in (1, 2):
+            assert ask(url, items([n]), id=f"n{n}").status_code == 200
+        kept = apps[0].state.service._pending
+        assert len(kept) == 2 and all(pending.job is None for pending in kept.values())
+
+
 def test_the_token_is_asked_for_everywhere() -> None:
     with server.running({"n": Numbered()}, token=TOKEN) as url:
         for given in ("", TOKEN, f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"bearer {TOKEN}", "Bearer ü"):
@@ -210,6 +247,21 @@ def test_the_token_is_asked_for_everywhere() -> None:
             refused = HTTP.post(f"{url}/score", content=b"x" * 1000, headers=head)
             assert refused.status_code == 401 and TOKEN not in refused.text
         assert HTTP.get(f"{url}/health", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+def test_who_sends_no_request_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_S", 0.2)
+    rows, gate = items([1]), Gate()
+    with server.running({"gate": gate}, token=TOKEN) as url, ThreadPoolExecutor(1) as pool:
+        head = {"authorization": f"Bearer {TOKEN}"}
+        slow = pool.submit(HTTP.post, f"{url}/score", json={"items": rows}, headers=head)
+        for start in (b"", b"GET /health HTTP/1.1\r\nhost", b"GET /a HTTP/1.1\r\nhost: a\r\n\r\nGET"):
+            with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 80), timeout=30) as raw:
+                raw.sendall(start)
+                while raw.recv(1000):
+                    pass  # the end, and not a timeout
+        gate.open.set()
+        assert slow.result().status_code == 200, "to wait for a score is another thing"
 
 
 def test_what_others_can_reach_needs_a_token() -> None:
@@ -285,9 +337,9 @@ def test_the_same_request_is_scored_once() -> None:
 def test_memory_is_bounded_and_given_back() -> None:
     gate = Gate()
     rows = [{"image": wire.base64_of(wire.encode_png(torch.zeros(3, 100, 100).byte())), "prompt": ""}]
-    with server.running({"gate": gate}, limits=Limits(memory=40_000)) as url, ThreadPoolExecutor(2) as pool:
+    with server.running({"gate": gate}, limits=Limits(memory=80_000)) as url, ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, url, rows)
-        wait_for(url, "memory_bytes", lambda held: held > 30_000)  # three bytes a pixel
+        wait_for(url, "memory_bytes", lambda held: held > 70_000)  # four bytes a pixel in transit, and three unpacked
         refused = ask(url, [rows[0] | {"image": "A" * 20_000}])
         assert refused.status_code == 503 and "retry-after" in refused.headers
         gate.open.set()

@@ -147,5 +147,11 @@ def test_options_that_do_not_fit(folder):
         make("kid", folder, scope="image")
     with pytest.raises(ValueError, match="no text tower"):
         SetReward("kid", texts=["a", "b"], features=dataclasses.replace(toy_features(), text=None))
-    with pytest.raises(ValueError, match="at least 2"):
-        SetReward("frechet", texts=["a"], features=toy_features())
+    for name in ("frechet", "kid"):
+        with pytest.raises(ValueError, match="at least 2"):
+            SetReward(name, texts=["a"], features=toy_features())
+
+
+def test_no_images_have_the_same_parts(folder):
+    some, none = (make("vendi", folder).score(images(1)[:n], PROMPTS[:n], [{}] * n) for n in (3, 0))
+    assert none.values.shape == (0,) and none.parts.keys() == some.parts.keys()

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from reward_models.clip_score import bundled_model
 from reward_models.shapes import grammar, render
-from reward_models.shapes.detector import PaletteColours, ShapesDetector, overlap, templates
+from reward_models.shapes.detector import PaletteColours, ShapesDetector, fitted, overlap, templates
 
 DETECTOR, COLOURS = ShapesDetector(), PaletteColours()
 GROUND = (236, 233, 235)
@@ -221,9 +221,27 @@ def test_batch_and_order_change_nothing(scenes):
     assert DETECTOR.detect(images[:0]) == []
 
 
-def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"\(N, 3, 64, 64\)"):
-        DETECTOR.detect(torch.zeros(1, 3, 32, 32))
+def test_images_of_the_world_s_size_are_not_touched(scenes):
+    images = to_images([render.render(s) for s in scenes[:3]])
+    assert fitted(images) is images
+    assert fitted(images[..., :32]).shape == (3, 3, 91, 45)  # the same area, the ratio to whole pixels
+    assert fitted(images[..., :1, :1]).shape == (3, 3, 64, 64)
+
+
+@pytest.mark.parametrize("size", [48, 100, 256])
+def test_boxes_and_masks_of_other_sizes_are_in_pixels_of_the_image(scenes, size):
+    few = scenes[::9]
+    pictures = to_images([render.render(scene, size) for scene in few])
+    for picture, scene, detections in zip(pictures, few, DETECTOR.detect(pictures), strict=True):
+        assert seen(picture, detections, 0.3) == sorted((s.name, s.colour) for s in scene.shapes)
+        for s in scene.shapes:
+            true = render.mask(s, size)
+            best = max(detections, key=lambda d: (d.mask & true).sum())
+            assert best.mask.shape == (size, size)
+            assert (best.mask & true).sum() / (best.mask | true).sum() > 0.8
+            ys, xs = true.nonzero()
+            edges = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            assert max(abs(a - b) for a, b in zip(best.box, edges, strict=True)) <= 1.6 * max(size / 64, 1)
 
 
 def test_templates_are_whole_and_distinct():

@@ -91,5 +91,29 @@ def test_metadata_wins_over_the_prompt():
 def test_kinds():
     with pytest.raises(ValueError, match="shapes-strict"):
         ShapesReward("strict")
-    assert ShapesReward("shapes-soft").spec.range == (-15.0, 1.0)
+    assert ShapesReward("shapes-soft").spec.range == (-14.0, 1.0)
     assert ShapesReward(flow_grpo_compat=True).spec != ShapesReward().spec
+
+
+@pytest.mark.parametrize("size", [32, 48, 100, 128, 512])
+def test_other_sizes_score_as_the_world_s_own(size):
+    metadata = grammar.prompts("test", per_task=2)
+    rng = np.random.default_rng(3)
+    scenes = [render.sample_scene(m, rng) for m in metadata]
+    images = torch.tensor(np.stack([render.render(scene, size) for scene in scenes])).permute(0, 3, 1, 2).float() / 255
+    result = checked_score(load("shapes"), images, [m["prompt"] for m in metadata], metadata)
+    assert result.values.mean() == 1
+
+
+def test_oblong_pictures_keep_their_shapes():
+    """The middle half of a picture, twice as wide as high: squeezed to a square it would hold no circle."""
+    drawn = [
+        render.Shape(n, "red", x, 32.0, 10.0, 0.0, render.PALETTE["red"]) for n, x in (("circle", 18), ("star", 46))
+    ]
+    wide = render.render(render.Scene(tuple(drawn), (235, 235, 235)), 128)[32:96]
+    image = torch.tensor(wide.copy()).permute(2, 0, 1)[None].float() / 255
+    assert checked_score(load("shapes-strict"), image, ["a circle left of a star"]).values.item() == 1
+
+
+def test_the_spec_says_what_is_done_to_other_sizes():
+    assert "area of 64x64 px" in load("shapes").spec.preprocessing and "antialias" in load("shapes").spec.preprocessing

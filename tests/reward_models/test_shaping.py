@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_models import RewardError, RewardResult, RewardSpec, checked_score
+from reward_models import RewardError, RewardResult, RewardSpec, checked_score, load
 from reward_models.shaping import Certainty, Par, Repeat, Scale, Threshold, certainty, group_mean, par
 
 NAN = math.nan
@@ -35,6 +35,18 @@ class Grey:
 
     def score(self, images, prompts, metadata, groups=None):
         return RewardResult(images.mean((1, 2, 3)))
+
+
+class Red:
+    """The mean of the red channel, with a gradient."""
+
+    spec = RewardSpec("red", range=(0.0, 1.0), differentiable=True)
+
+    def differentiable(self, images, prompts):
+        return images[:, 0].mean((1, 2))
+
+    def score(self, images, prompts, metadata, groups=None):
+        return RewardResult(self.differentiable(images, prompts).detach(), uncertainty=torch.ones(len(images)))
 
 
 def ask(reward, images=IMAGES, prompts=PROMPTS, groups=GROUPS):
@@ -97,6 +109,28 @@ def test_par_is_bounded_rises_and_ignores_a_common_shift(rewards, shift, tempera
 def test_par_options(options, said):
     with pytest.raises(ValueError, match=said):
         Par(Fixed([0.0] * 4), **options)
+
+
+def test_par_reads_what_flowrl_score_writes(tmp_path):
+    from PIL import Image
+
+    from flowrl.commands.scoring import score_items
+    from flowrl.images import find
+
+    Image.linear_gradient("L").save(tmp_path / "grey.png")
+    Image.linear_gradient("L").convert("1").save(tmp_path / "dots.png")
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    score_items(find([tmp_path], texts=["a"]), {"jpeg": load("jpeg")}, one)
+    score_items(find([tmp_path], texts=["a"]), {"jpeg": load("jpeg"), "validity": load("validity")}, two)
+    low, high = sorted(json.loads(line)["scores"]["jpeg"] for line in one.read_text().splitlines())
+    raw, jpeg = Fixed([low] * 4), Fixed([low] * 4)
+    jpeg.spec = RewardSpec("jpeg")
+    for reward in (Par(raw, references=str(one)), Par(jpeg, references=str(two))):
+        out = ask(reward)
+        assert out.values[:2].tolist() == pytest.approx([(0.5 + 1 / (1 + math.exp(high - low))) / 2] * 2)
+        assert low < high and out.missing.tolist() == [False] * 2 + [True] * 2
+    with pytest.raises(ValueError, match="'jpeg', 'validity'.*'raw'.*this reward alone"):
+        Par(raw, references=str(two))
 
 
 def test_references_of_another_form(tmp_path):
@@ -162,3 +196,100 @@ def test_group_mean_leaves_out_what_is_missing():
 def test_what_is_shaped_keeps_its_scale_of_doubt():
     out = ask(Scale(Fixed([1.0] * 4, uncertainty=[0.5] * 4), divide=-2))
     assert out.uncertainty.tolist() == [0.25] * 4
+
+
+# --- gradients, specs, options ----------------------------------------------------------------------------------------
+
+
+def slopes_of_repeat(reward):
+    """1 + contrast of each pass."""
+    ends = torch.tensor([0.4, 0.6])[:, None, None, None].expand(2, 3, 4, 4)
+    return [float(reward.augment(ends, k)[:, 0, 0, 0].diff()) / 0.2 for k in range(reward.passes)]
+
+
+def shaped_rewards(tmp_path):
+    """(reward of Red, the same as a formula of its values; None where it has no gradient)"""
+    file = tmp_path / "base.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "a", "score": s}) + "\n" for s in (0.3, None, 0.5)))
+    chance = lambda v, r: torch.sigmoid((v - r) / 0.1)  # noqa: E731
+    repeat = Repeat(Red(), passes=3, jitter=0.05, shift=1)
+    steep = sum(slopes_of_repeat(repeat)) / 3
+    return [
+        (Scale(Red(), subtract=0.1, divide=-0.5, low=-0.9), lambda v: ((v - 0.1) / -0.5).clamp(-0.9)),
+        (Threshold(Red(), 0.5, keep=True), lambda v: torch.where(v >= 0.5, v, 0.0)),
+        (
+            Threshold(Red(), {"updates": [0, 9], "values": [0.3, 0.5]}, keep=True),
+            lambda v: torch.where(v > 0.5, v, 0.0),
+        ),
+        (Par(Red(), centre=0.4, temperature=0.1), lambda v: chance(v, 0.4)),
+        (Par(Red(), centre="group", temperature=0.1), lambda v: chance(v, v.view(2, 2).mean(1).repeat_interleave(2))),
+        (
+            Par(Red(), references=str(file), temperature=0.1),
+            lambda v: torch.cat([(chance(v[:2], 0.3) + chance(v[:2], 0.5)) / 2, torch.full((2,), NAN)]),
+        ),
+        (repeat, lambda v: v + (v - v.detach()) * (steep - 1)),
+        (Scale(repeat, divide=2), lambda v: (v + (v - v.detach()) * (steep - 1)) / 2),
+    ]
+
+
+def test_a_gradient_goes_through_what_is_smooth(tmp_path):
+    red = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    for reward, formula in shaped_rewards(tmp_path):
+        images = torch.zeros(4, 3, 4, 4)
+        images[:, 0] = red[:, None, None]
+        images.requires_grad_()
+        value = reward.differentiable(images, PROMPTS)
+        assert reward.spec.differentiable
+        torch.testing.assert_close(value, ask(reward, images.detach()).values, rtol=0, atol=1e-6, equal_nan=True)
+        (slope,) = torch.autograd.grad((value * torch.tensor([1.0, 2.0, 3.0, 4.0])).nansum(), images)
+        v = red.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad((formula(v) * torch.tensor([1.0, 2.0, 3.0, 4.0])).nansum(), v)
+        torch.testing.assert_close(slope[:, 0].sum((1, 2)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_gradient_says_so():
+    flat, sure = Threshold(Red(), 0.5), Certainty(Red())
+    assert not flat.spec.differentiable and not sure.spec.differentiable and not hasattr(sure, "differentiable")
+    with pytest.raises(ValueError, match="which is flat"):
+        flat.differentiable(IMAGES, PROMPTS)
+    for made in (Scale, Repeat, lambda r: Par(r, centre=0)):
+        assert not made(Grey()).spec.differentiable
+        with pytest.raises(ValueError, match="'grey'.*gradient"):
+            made(Grey()).differentiable(IMAGES, PROMPTS)
+
+
+def test_no_images(tmp_path):
+    for reward in [*(reward for reward, _ in shaped_rewards(tmp_path)), Threshold(Red(), 0.5), Certainty(Red())]:
+        assert ask(reward, IMAGES[:0], [], GROUPS[:0]).values.shape == (0,)
+
+
+def test_other_options_are_another_spec(tmp_path):
+    files = [tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl"]
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(json.dumps({"prompt": "a", "score": i}))
+    rising = [{"updates": [0, u], "values": [0.1, 0.2]} for u in (5, 9)]
+    for made, options in [
+        (Threshold, [{"least": 0.5}, {"least": 0.5, "keep": True}, {"least": rising[0]}, {"least": rising[1]}]),
+        (Par, [{"centre": 0}, {"centre": 0, "temperature": 2}, *({"references": str(file)} for file in files)]),
+        (Repeat, [{}, {"jitter": 0}, {"shift": 1}, {"seed": 1}]),
+        (Certainty, [{}, {"strength": 2}]),
+    ]:
+        assert len({made(Red(), **one).spec for one in options}) == len(options)
+        assert made(Red(), **options[0]).spec == made(Red(), **options[0]).spec
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        (Repeat, {"passes": 2.5}),
+        (Repeat, {"shift": True}),
+        (Scale, {"divide": math.inf}),
+        (Scale, {"low": NAN}),
+        (Certainty, {"strength": "much"}),
+        (Par, {"centre": 0, "temperature": NAN}),
+    ],
+)
+def test_wrong_numbers(made, options):
+    with pytest.raises(ValueError, match="expected a (finite|whole) number"):
+        made(Red(), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import pickle
 
@@ -81,6 +82,13 @@ def test_a_file_with_a_published_name_must_be_the_published_one(state, tmp_path)
     assert set(weights.read(tmp_path / "mine.pth")[0]) == {"weight", "bias"}
 
 
+@pytest.mark.parametrize("name", ["HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt", "ImageReward.pt"])
+def test_single_files_of_the_hub_are_checked_by_name(state, tmp_path, name):
+    torch.save(state, tmp_path / name)
+    with pytest.raises(ValueError, match="expected the published file"):
+        weights.read(tmp_path / name)
+
+
 def test_published_hashes_are_whole_or_unknown():
     for official in weights.OFFICIAL.values():
         assert official.sha256 is None or len(bytes.fromhex(official.sha256)) == 32
@@ -112,6 +120,27 @@ def test_offline_and_absent_says_what_to_do(tmp_path):
     for wrong in ("folder", "a/b:c"):
         with pytest.raises(ValueError, match="no folder here"):
             weights.locate_folder(wrong, ["*"])
+
+
+def test_a_repository_without_safetensors_gives_its_pickle(state, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(repo, allow_patterns):
+        asked.append(list(allow_patterns))
+        folder = tmp_path / repo.replace("/", "--")
+        folder.mkdir(exist_ok=True)
+        name = "model.safetensors" if repo == "some/new" else weights.OLD_WEIGHTS
+        if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+            (folder / name).touch()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    wanted = ["*.json", "model*.safetensors"]
+    assert (weights.locate_folder("some/new", wanted) / "model.safetensors").is_file()
+    assert asked == [wanted]
+    assert (weights.locate_folder("some/old", wanted) / "pytorch_model.bin").is_file()
+    assert not (weights.locate_folder("some/tokenizer", ["*.json"]) / "pytorch_model.bin").exists()
+    assert len(asked) == 4
 
 
 def test_local_files_win(state, tmp_path, cache):

@@ -47,6 +47,17 @@ def test_png_keeps_every_pixel_and_the_8_bit_grid(height: int, width: int, seed:
         assert (np.asarray(opened) == pixels.permute(1, 2, 0).numpy()).all()
 
 
+def test_a_request_is_the_json_that_it_says() -> None:
+    images = torch.rand(3, 3, 5, 4, generator=torch.Generator().manual_seed(1)) * 1.2 - 0.1  # some out of range
+    entries = [{"prompt": f'"{i}"\\ ü', "metadata": {"a": [i]}, "group": i} for i in range(3)]
+    pieces = wire.request('x"y', "id-1", [wire.to_json(entry) for entry in entries], images)
+    found = json.loads(b"".join(pieces))
+    assert (found["reward"], found["id"]) == ('x"y', "id-1")
+    sent = [wire.decode_png(wire.from_base64(item.pop("image"))) for item in found["items"]]
+    assert torch.equal(torch.stack(sent).float() / 255, to_8bit(images)) and found["items"] == entries
+    assert wire.digest(*pieces) == wire.digest(b"".join(pieces))
+
+
 @pytest.mark.parametrize("name", bad_files(0))
 def test_bad_images_are_refused_before_they_are_unpacked(name: str) -> None:
     data = bad_files(0)[name]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_pipelines import tiny_flux, tiny_sd3
+from tiny_pipelines import tiny_flux, tiny_lcm, tiny_sd, tiny_sd3, tiny_sdxl
 
 from flowrl.policies import PipelinePolicy
 
@@ -19,6 +19,11 @@ def pipelines(tmp_path_factory):
         "sd3_no_t5": tiny_sd3(folder / "sd3_no_t5", t5="none"),
         "flux": tiny_flux(folder / "flux"),
         "flux_schnell": tiny_flux(folder / "schnell", guidance_embeds=False),
+        "sd": tiny_sd(folder / "sd"),
+        "sd_v": tiny_sd(folder / "sd_v", prediction_type="v_prediction", timestep_spacing="trailing"),
+        "sdxl": tiny_sdxl(folder / "sdxl"),
+        "sdxl_negative": tiny_sdxl(folder / "sdxl_negative", zeros=False),
+        "lcm": tiny_lcm(folder / "lcm"),
     }
 
 
@@ -26,9 +31,10 @@ def pipelines(tmp_path_factory):
 def folders(pipelines, tmp_path_factory):
     """name -> folder of the saved pipeline."""
     root = tmp_path_factory.mktemp("models")
-    for name in ("sd3", "flux", "sd3_no_t5"):
+    names = ("sd3", "flux", "sd3_no_t5", "sd", "sdxl", "lcm")
+    for name in names:
         pipelines[name].save_pretrained(root / name)
-    return {name: root / name for name in ("sd3", "flux", "sd3_no_t5")}
+    return {name: root / name for name in names}
 
 
 @pytest.fixture

@@ -117,6 +117,12 @@ def test_faults_that_pass_are_waited_for(fault):
     assert answer.text == "51" and len(server.bodies) == 3
 
 
+def test_a_pause_that_is_no_number_is_not_waited_for():
+    with serve(level, iter(["429 \u00b2"])) as server:
+        assert quick(server.url).ask([Question("?")])[0].text == ""
+    assert len(server.bodies) == 2
+
+
 @pytest.mark.parametrize("fault", ["400", "401", "404", "422", "cut"])
 def test_faults_that_stay_are_not_tried_again(fault):
     with serve(level, iter([fault] * 9)) as server:
@@ -168,7 +174,7 @@ def test_one_question_that_always_fails_does_not_stop_the_others():
         return text
 
     with serve(brain, delay=0.05) as server:
-        answers = quick(server.url, deadline=0.6, workers=2).ask([Question(str(i)) for i in range(30)])
+        answers = quick(server.url, deadline=2.0, workers=2).ask([Question(str(i)) for i in range(30)])
     assert [a.text for a in answers] == [None if i == 3 else str(i) for i in range(30)]
 
 
@@ -212,6 +218,34 @@ def test_check():
         quick(server.url).check()
         with pytest.raises(RewardError, match="serves judge, expected 'other'"):
             ChatEndpoint(server.url, "other").check()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(RewardError, match="ReadTimeout"):
+        quick(f"http://127.0.0.1:{silent.getsockname()[1]}").check(timeout=0.2)
+    with serve(level, model="models/judge") as server:
+        quick(server.url).check()
+    for status, there in ((404, True), (405, True), (401, False), (503, False)):
+        with serve(level, listing=status) as server:
+            if there:
+                quick(server.url).check()
+            else:
+                with pytest.raises(RewardError, match=str(status)):
+                    quick(server.url).check()
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serve(level) as server:
+        quick(server.url).check()
+        assert quick(server.url).ask([Question("?", tuple(pictures(greys(0.2))))])[0].text == "51"
+
+
+def test_what_changes_answers_changes_the_fingerprint():
+    url = "http://127.0.0.1:9"
+    others = ({"temperature": 0.5}, {"seed": 4}, {"max_tokens": 9}, {"thinking": True}, {"version": "a"})
+    prints = {quick(url, **options).fingerprint for options in ({}, *others)}
+    assert len(prints) == 6 and quick(url, workers=2, timeout=3.0).fingerprint in prints
 
 
 def test_key_comes_from_the_environment(monkeypatch):

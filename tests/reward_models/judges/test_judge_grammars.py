@@ -242,6 +242,7 @@ PARSERS = [
     grammars.pair_scores,
     grammars.flex_verdict,
     grammars.confidence,
+    grammars.four_way,
     lambda text: grammars.score_list(text, 2, 25),
     lambda text: grammars.point_list(text, 2),
     lambda text: grammars.flex_verdict(text, "pref_grpo"),
@@ -256,6 +257,8 @@ PIECES = [
     "</think>",
     '{"score": [',
     "]}",
+    "[[A>",
+    "9" * 400,
     "é\n",
 ]
 
@@ -267,7 +270,46 @@ def test_any_text_is_parsed_or_refused(text):
         assert (value is None) == (reason is not None)
 
 
-@pytest.mark.parametrize("unit", ["<answer>", "<think>", "(", "final score:", " ", "*", "image 1", "<score>[", ":1 "])
+@pytest.mark.parametrize(
+    "unit", ["<answer>", "<think>", "(", "final score:", " ", "*", "image 1", "<score>[", ":1 ", "[[", "[[A>B]]"]
+)
 def test_long_answers_are_read_in_moments(unit):
     for parse in PARSERS:
         grammars.tried(parse, unit * (60_000 // len(unit)))
+
+
+@pytest.mark.parametrize(
+    ("text", "preference", "good"),
+    [
+        ("[[A>B]]", 1, math.nan), ("so [[ B > A ]].", 0, math.nan), ("[[A=B=Good]]", 0.5, 1), ("[[A=B=BAD]]", 0.5, 0),
+        ("[[A>>B]]", 1, math.nan), ("[[B<A]]", 1, math.nan), ("Not [[A=B=Good]] but\n[[B>A]]", 0, math.nan),
+        ("<think>[[A>B]]</think>[[A=B=Bad]]", 0.5, 0),
+    ],
+)  # fmt: skip
+def test_four_way(text, preference, good):
+    verdict = grammars.four_way(text)
+    assert verdict.preference == preference and (verdict.good == good or math.isnan(verdict.good + good))
+
+
+@pytest.mark.parametrize("text", ["", "A>B", "[[C]]", "[[A=B]]", "[[A>B]] or [[A=B=Fair]]", "<think>[[A>B]]"])
+def test_no_four_way_verdict(text):
+    with pytest.raises(Unparsable):
+        grammars.four_way(text)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_numbers_without_end_are_unparsable(digits):
+    """400 digits overflow a float, 5000 are more than Python reads as a whole number."""
+    for text in ('{"score": [1, %s]}', "[1, %s]"):
+        with pytest.raises(Unparsable):
+            grammars.score_list(text % ("9" * digits), 2, 25)
+    with pytest.raises(Unparsable):
+        grammars.final_score("Final Score: " + "9" * digits)
+    with pytest.raises(Unparsable):
+        grammars.flex_verdict('{"winner": %s}' % ("9" * digits))
+
+
+def test_flex_categories_keep_their_place():
+    rows = ["no object", {"name": "Quality", "cat_winner": "Image 2"}, {"name": "Art", "cat_winner": "Image 1"}]
+    verdict = grammars.flex_verdict(json.dumps({"categories": rows, "winner": "Image 1"}))
+    assert verdict.categories == {"quality": 0.0, "aesthetics": 1.0}

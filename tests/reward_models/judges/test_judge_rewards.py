@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from judge_server import greys, serve
+from judge_server import decode, greys, serve
 from PIL import Image
 
 from reward_models import RewardError, checked_score, load
@@ -18,7 +18,7 @@ from reward_models.judges.listener import (
     contradiction_rate,
     without_verdict,
 )
-from reward_models.judges.pairwise import EndpointPairJudge, ScorerJudge
+from reward_models.judges.pairwise import EndpointPairJudge, ScorerJudge, judge_pairs
 from reward_models.judges.pointwise import source_picture
 
 FOUR = greys(0.9, 0.1, 0.6, 0.3)
@@ -202,6 +202,85 @@ def test_self_ensemble_averages_usable_passes_and_tells_their_spread():
         load("edit-score", endpoint={"url": "http://h", "temperature": 0.0}, passes=2)
 
 
+def test_one_pass_knows_no_uncertainty():
+    with serve(brain) as server:
+        assert score(load("viescore", endpoint=at(server))).uncertainty is None
+
+
+def test_what_changes_scores_changes_the_version():
+    at_rest = {"endpoint": "http://127.0.0.1:9", "model": "m"}
+    for build_one, options in (
+        (build.unified_reward, ({}, {"mode": "acs"}, {"mode": "acs", "weights": {"style": 1.0}})),
+        (build.unified_reward_think, ({}, {"compat": "pref_grpo"}, {"reasoning": False}, {"opponents": 2})),
+        (build.unified_reward_flex, ({}, {"overall_weight": 2.0}, {"category_weights": {"quality": 0.5}})),
+        (build.vlm_judge, ({}, {"reasoning": False}, {"mode": "pair"}, {"mode": "four_way"})),
+        (build.edit_score, ({}, {"passes": 2}, {"passes": 2, "reduction": "means"}, {"compat": "editscore"})),
+    ):
+        versions = {build_one(**at_rest, **each).spec.version for each in options}
+        versions.add(build_one(endpoint={"url": "http://127.0.0.1:9", "model": "m", "temperature": 0.3}).spec.version)
+        assert len(versions) == len(options) + 1, build_one
+    rates = {build.win_rate(judge="jpeg", aggregate="bradley_terry", prior=p).spec.version for p in (0.1, 1.0)}
+    assert len(rates) == 2
+    judges = {build.unified_reward_think(**at_rest, compat=c).judge.spec.version for c in (None, "pref_grpo")}
+    assert len(judges) == 2
+
+
+def test_a_learned_listener_computes_where_the_rewards_do(tmp_path):
+    (tmp_path / "where.py").write_text(
+        "import torch\nfrom reward_models import RewardResult, RewardSpec\n"
+        "class Where:\n    spec = RewardSpec('where')\n"
+        "    def __init__(self, device): self.device = device\n"
+        "    def score(self, images, prompts, metadata, groups=None): return RewardResult(torch.zeros(len(images)))\n"
+    )
+    for name, options in (("unified-reward-think", {}), ("unified-reward-flex", {}), ("vlm-judge", {"mode": "pair"})):
+        with serve(brain) as server:
+            reward = load(name, "meta", endpoint=at(server), listener=f"{tmp_path}/where.py:Where", **options)
+        assert reward.judge.listener.reward.device == "meta"
+
+
+def test_images_of_different_sizes_are_compared_as_they_are():
+    """Benchmarks pair images of models whose sizes differ; the judge must see each as it is."""
+    images = [greys(0.9, size=6)[0], greys(0.1, size=4)[0], greys(0.6, size=4)[0]]
+    pairs, prompts = [(0, 1), (1, 2), (2, 0)], ["a {prompt} é"] * 3
+    with serve(brain) as server:
+        for judge in (
+            load("vlm-judge", endpoint=at(server), mode="pair").judge,
+            ScorerJudge(load("vlm-judge", endpoint=at(server))),
+        ):
+            judged = judge_pairs(judge, images, pairs, prompts, [{}] * 3)
+            assert judged.preference.tolist() == [1, 0, 0] and not any(judged.reasons)
+        shapes = {
+            decode(part["image_url"]["url"]).shape
+            for body in server.bodies
+            for part in body["messages"][0]["content"][:-1]
+        }
+    assert shapes == {(6, 6, 3), (4, 4, 3)}
+
+
+def test_four_verdicts_in_both_orders():
+    """Bright images are good and dark ones bad; the judge cannot tell close ones apart, and errs about one of them."""
+
+    def says(text, images, body):
+        a, b = (image.mean() for image in images)
+        if abs(a - b) < 40:
+            return f"so [[A=B={'Good' if a > 128 else 'Bad'}]]"
+        return "[[A>B]]" if a > b else "[[B>A]]"
+
+    images = greys(0.9, 0.85, 0.1, 0.15, 0.45, 0.55)
+    pairs = [(0, 1), (2, 3), (0, 2), (2, 0), (4, 5)]
+    with serve(says) as server:
+        reward = load("vlm-judge", endpoint=at(server), mode="four_way")
+        judged = judge_pairs(reward.judge, images, pairs, ["a"] * 6, [{}] * 6)
+        text = server.bodies[0]["messages"][0]["content"][-1]["text"]
+        ordinary = judge_pairs(
+            load("vlm-judge", endpoint=at(server), mode="pair").judge, images, pairs, ["a"] * 6, [{}] * 6
+        )
+    assert judged.preference.tolist() == [0.5, 0.5, 1, 0, 0.5]
+    assert judged.good[:2].tolist() == [1, 0] and judged.good[2:4].isnan().all() and judged.good[4] == 0.5
+    assert judged.flips.tolist() == [0, 0, 0, 0, 1] and judged.bias.tolist() == [0] * 5
+    assert "[[A=B=Bad]]" in text and ordinary.good is None
+
+
 def test_sources_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         source_picture({"source": str(tmp_path / "none.png")})
@@ -323,6 +402,10 @@ def test_an_own_template_is_what_the_judge_reads_and_changes_the_version(tmp_pat
         ("vlm-judge", {"model": "m", "grammar": "pair_rank"}),
         ("vlm-judge", {"model": "m", "mode": "pair", "grammar": "final_score"}),
         ("unified-reward-think", {"compat": "flow_grpo"}),
+        ("unified-reward", {"order": "random"}),
+        ("unified-reward", {"weights": {"style": 1.0}}),
+        ("vlm-judge", {"model": "m", "listener": "jpeg"}),
+        ("win-rate", {"judge": "jpeg", "opponents": 2.5}),
         ("edit-score", {"reduction": "median"}),
         ("edit-score", {"passes": 0}),
         ("win-rate", {"judge": "unified-reward"}),

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import reward_models
+from flowrl.cli import app
 from flowrl.commands import reward as commands
 from flowrl.errors import UserError
 from flowrl.statistics import mean_ci
@@ -150,19 +152,26 @@ def test_aspects_are_learnt_apart(drawn, body, images, tmp_path):
     fitted = fit(training, both, replace(FAST, loss="bradley_terry"), tmp_path)
     for name in ("cold", "warm"):
         assert mean_ci(list(fitted.aspect_outcomes[name].values())).low > 0.7
-    save(fitted, tmp_path, name="two", body="tiny-clip", aspect_weights={"warm": 1.0, "cold": 0.0})
-    reward = open_trained(tmp_path)
+    save(fitted, tmp_path, name="two", body="tiny-clip")
+    alike = reward_models.load(str(tmp_path))
+    reward = reward_models.load(str(tmp_path), aspect_weights={"warm": 2.0})
+    assert reward.spec.version != alike.spec.version
+    for weights in ({"hot": 1.0}, {"warm": 0.0}, {"warm": -1.0, "cold": 2.0}):
+        with pytest.raises(ValueError, match="expected numbers from 0 for cold, warm"):
+            open_trained(tmp_path, aspect_weights=weights)
     files = drawn[2]["a photo of a heart"][:2]
     out = checked_score(reward, torch.stack([images(f) for f in files]), ["a photo of a heart"] * 2)
     assert set(out.parts) == {"two/cold", "two/warm"}
     torch.testing.assert_close(out.values, out.parts["two/warm"])
+    mean = checked_score(alike, torch.stack([images(f) for f in files]), ["a photo of a heart"] * 2).values
+    torch.testing.assert_close(mean, (out.parts["two/warm"] + out.parts["two/cold"]) / 2)
 
 
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hidden", [(), (8,)])
-def test_a_fit_that_was_cut_goes_on_bit_for_bit(drawn, body, images, tmp_path, hidden):
+def test_a_fit_that_was_cut_goes_on_bit_for_bit(drawn, body, images, tmp_path, hidden, monkeypatch):
     pairs, short = liking(drawn, utility)[:60], replace(FAST, steps=12, batch=16, save_every=4)
     new = lambda: HeadTraining(body, Head(body.towers.dimension, hidden, seed=5), images)  # noqa: E731
     whole, cut, rest = new(), new(), new()
@@ -176,6 +185,12 @@ def test_a_fit_that_was_cut_goes_on_bit_for_bit(drawn, body, images, tmp_path, h
         fit(new(), pairs, replace(short, lr=0.5), tmp_path / "cut", resume=True)
     with pytest.raises(ValueError, match="other data"):
         fit(new(), pairs[1:], short, tmp_path / "cut", resume=True)
+    other = HeadTraining(body, Head(body.towers.dimension, (3,), seed=5), images)
+    with pytest.raises(ValueError, match="other trained"):
+        fit(other, pairs, short, tmp_path / "cut", resume=True)
+    monkeypatch.setattr(body, "towers", replace(body.towers, digest="another body"))  # of the same size
+    with pytest.raises(ValueError, match="other trained"):
+        fit(new(), pairs, short, tmp_path / "cut", resume=True)
 
 
 def test_first_weights_and_batches_are_seeded(drawn, body, images, tmp_path):
@@ -305,3 +320,14 @@ def test_the_verb_trains_resumes_and_reports(drawn, tmp_path):
     (tmp_path / "cut" / CHECKPOINT).write_text("")
     with pytest.raises(UserError, match="--resume"):
         commands.train(manifest, tmp_path / "cut", FAST)
+
+
+def test_the_command_takes_options_of_counts(drawn, tmp_path):
+    rows = [{"prompt": "p", "image": f"00{i}.png", "count": 30 * i, "exposure": 100} for i in range(4)]
+    manifest = write(drawn[0] / "counts.jsonl", rows)
+    words = ["reward", "train", str(manifest), "--out", str(tmp_path / "fit"), "--steps", "1", "--held-out", "0"]
+    words += ["--device", "cpu", "--strength", "2", "--confidence", "0.9", "--most", "3"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "3 pairs of 1 prompts" in done.output, done.output
+    refused = CliRunner().invoke(app, [*words[:4], str(tmp_path / "b"), "--train", "lora", "--hidden", "8"])
+    assert refused.exit_code == 2 and "expected them with head" in refused.output

@@ -12,7 +12,7 @@ from scipy import integrate, stats
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import normalize
 
-from reward_models.training.counts import Counted, pairs_of_counts, rate, superiority
+from reward_models.training.counts import Counted, pairs_of_counts, superiority
 from reward_models.training.losses import bradley_terry, comparison_loss, cross_entropy, triplet, weighted_mean
 
 NAN = math.nan
@@ -63,6 +63,14 @@ def test_means_over_aspects_and_pairs():
         comparison_loss("bt", losses, labels, f64(1, 1))
 
 
+@pytest.mark.parametrize("name", ["bradley_terry", "triplet"])
+def test_ties_are_left_out_of_the_mean(name):
+    gap, labels = f64(0.5, -2.0, 3.0).view(3, 1), f64(1, 0.5, 0).view(3, 1)
+    decided = comparison_loss(name, gap[[0, 2]], labels[[0, 2]], f64(1, 2))
+    assert comparison_loss(name, gap, labels, f64(1, 5, 2)) == pytest.approx(float(decided))
+    assert comparison_loss(name, gap[1:2], labels[1:2], f64(1)) == 0
+
+
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +89,8 @@ def test_exposure_takes_its_share_and_little_evidence_stays_near_the_mean():
     often, rarely = Counted("p", "often", 20, 1000), Counted("p", "rarely", 10, 100)
     (pair,) = pairs_of_counts([often, rarely])
     assert (pair.first, pair.second) == ("often", "rarely") and pair.labels[""] < 0.01
-    assert rate(3, 3, mean=0.1) == pytest.approx(4 / 13) and rate(300, 300, mean=0.1) > 0.9
+    lucky, proven, usual = Counted("p", "a", 3, 3), Counted("p", "b", 300, 300), Counted("p", "c", 30, 300)
+    assert superiority(lucky, usual, 0.1) < 0.99 < superiority(proven, usual, 0.1)
 
 
 def test_pairs_stay_within_a_prompt_and_are_sure():

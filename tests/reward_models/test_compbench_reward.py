@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.suites.compbench_scorers import CompBench
+from reward_models import load
+from reward_models.compbench_reward import CompBench
 from reward_models.geneval import Detection
 from reward_models.protocol import RewardResult, RewardSpec
 
@@ -88,5 +89,48 @@ def test_prompts_that_cannot_be_read_are_missing(scorer: CompBench) -> None:
     assert one(scorer, "a red cat", tag="color", chunks=["x"])[0] == 0.5  # the option goes before the metadata
     scorer.chunks = None
     assert one(scorer, "a red cat", tag="color", chunks=["x"])[0] == pytest.approx(0.9)
-    with pytest.raises(ValueError, match="expected module:function"):
+    with pytest.raises(ValueError, match="expected 'module:function'"):
         CompBench(clip=None, depth="nowhere:f")
+
+
+def test_unsure_detections_do_not_count(scorer: CompBench) -> None:
+    scorer.threshold = 0.6  # the dog's score is not above it
+    assert one(scorer, "a cat and a dog", tag="numeracy")[0] == pytest.approx(0.5)
+    assert one(scorer, "a cat on the left of a dog", tag="spatial")[0] == 0
+
+
+def test_an_object_that_the_detector_has_no_class_for_is_missing(scorer: CompBench) -> None:
+    scorer.vocabulary = [*scorer.vocabulary, ("turtle", "turtles"), ("girl", "girls")]
+    for prompt, tag in (
+        ("two turtles", "numeracy"),
+        ("a turtle near a dog", "spatial"),
+        ("a girl near a cat", "spatial"),
+    ):
+        value, reason = one(scorer, prompt, tag=tag)
+        assert math.isnan(value) and reason is not None and "has no class for" in reason
+    scorer.detector.classes = ("cat", "dog", "person")
+    assert one(scorer, "a girl near a cat", tag="spatial")[1] is None
+
+
+def test_near_is_150_px_of_the_published_detector_s_image(scorer: CompBench) -> None:
+    """The centres lie 100 px apart: near in 480 px, where 150 px are near, and far in 120 px, where 37.6 are."""
+    scorer.detector.detect = lambda images: [
+        [Detection("cat", (0, 0, 10, 10), 0.8), Detection("dog", (100, 100, 110, 110), 0.6)]
+    ]
+    prompt = "a cat near a dog"
+    large = scorer.score(torch.zeros(1, 3, 480, 480), [prompt], [{"tag": "spatial"}]).values
+    small = scorer.score(torch.zeros(1, 3, 120, 120), [prompt], [{"tag": "spatial"}]).values
+    assert large.item() == pytest.approx(0.25 * 1.4 + 0.5)
+    assert small.item() == pytest.approx(0.25 * 1.4 + 0.5 * 150 * 120 / 479 / 100)
+
+
+def test_by_name(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("circle - circles\n")
+    reward = load("t2i-compbench", detector="shapes", clip=None, vocabulary=str(tmp_path / "names.txt"))
+    assert reward.spec.name == "t2i-compbench" and "ShapesDetector" in reward.spec.version
+    assert reward.score(torch.zeros(1, 3, 64, 64), ["a circle"], [{"tag": "numeracy"}]).values.item() == 0
+    for wrong in ("nowhere.txt", str(tmp_path)):
+        with pytest.raises(ValueError, match="cannot be read"):
+            load("t2i-compbench", clip=None, vocabulary=wrong)
+    with pytest.raises(ValueError, match="t2i_compbench"):
+        load("t2i-compbench", clip=None, compat="published")
