@@ -45,13 +45,13 @@ class ShuffledReward:
     process or the number of calls before, and tells nothing about their value.
 
     Args:
-        reward: the reward to shuffle, in any form that a config takes.
+        of: the reward to shuffle, in any form that a config takes.
         seed: another seed, another permutation.
         device: where the reward computes.
     """
 
-    def __init__(self, reward: Any, seed: int = 0, device: str = "cpu") -> None:
-        self.reward: Reward = load(reward, device)
+    def __init__(self, of: Any, seed: int = 0, device: str = "cpu") -> None:
+        self.reward: Reward = load(of, device)
         self.seed = seed
         inner = self.reward.spec
         self.spec = RewardSpec(
@@ -92,7 +92,7 @@ def control(kind: str, reward: Any) -> Any:
     """The reward of a control run, from that of the recipe. kind: "flip" or "shuffle"."""
     if kind == "flip":
         return flipped(reward)
-    return {"benchmarks.quickstart:ShuffledReward": {"weight": 1.0, "reward": reward}}
+    return {"benchmarks.quickstart:ShuffledReward": {"weight": 1.0, "of": reward}}
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs

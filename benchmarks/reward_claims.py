@@ -86,14 +86,14 @@ class NoisyReward:
     """Another reward with normal noise that is fixed for each image.
 
     Args:
-        reward: in any form that a config takes; of scope "point".
+        of: another reward in any form that a config takes; of scope "point".
         scale: standard deviation of the noise, in units of the reward.
         seed: another seed, other noise.
         device: where the reward computes.
     """
 
-    def __init__(self, reward: Any = "shapes-soft", scale: float = NOISE, seed: int = 0, device: str = "cpu") -> None:
-        self.reward: Reward = load(reward, device)
+    def __init__(self, of: Any = "shapes-soft", scale: float = NOISE, seed: int = 0, device: str = "cpu") -> None:
+        self.reward: Reward = load(of, device)
         self.scale, self.seed = scale, seed
         inner = self.reward.spec
         self.spec = RewardSpec(f"noisy {inner.name}", f"{inner.version} {scale:g} seed {seed}", licence=inner.licence)
@@ -111,11 +111,11 @@ class NoisyJudge:
     """A judge of pairs: the difference of another reward's scores, with noise of its own in every comparison.
 
     Args:
-        reward, scale, seed, device: as for `NoisyReward`; the noise of a difference is sqrt(2) that of a score.
+        of, scale, seed, device: as for `NoisyReward`; the noise of a difference is sqrt(2) that of a score.
     """
 
-    def __init__(self, reward: Any = "shapes-soft", scale: float = NOISE, seed: int = 0, device: str = "cpu") -> None:
-        self.noisy = NoisyReward(reward, scale, seed, device)
+    def __init__(self, of: Any = "shapes-soft", scale: float = NOISE, seed: int = 0, device: str = "cpu") -> None:
+        self.noisy = NoisyReward(of, scale, seed, device)
         self.spec = RewardSpec(f"{self.noisy.spec.name} in pairs", self.noisy.spec.version)
         self.score = self.noisy.score
 

@@ -29,10 +29,11 @@ def make_plan(config: Config, sigmas: Sigmas, update: int, success: float = 0.5)
     """
     r = config.rollout
     if r.shift is not None:
-        if float(sigmas[0]) != 1:
+        first, last = float(sigmas[0]), float(sigmas[-1])
+        if (first, last) != (1, 0):
             raise UserError(
-                f"got rollout.shift {r.shift:g} for a model whose times begin at {float(sigmas[0]):.4f}; expected a "
-                "flow, which begins at 1; set rollout.shift=null"
+                f"got rollout.shift {r.shift:g} for a model whose times begin at {first:.4f} and end at {last:.4f}; "
+                "expected a flow, from 1 to 0; set rollout.shift=null"
             )
         sigmas = samplers.linear_shift_sigmas(r.steps, r.shift)
     if r.kernel == "ode":  # for objectives on leaves: nothing is drawn, nothing trained on the way

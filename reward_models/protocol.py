@@ -147,8 +147,9 @@ def checked_score(
     _check_input(images, prompts, metadata, groups)
     name, n = reward.spec.name, len(images)
     given = [{} for _ in prompts] if metadata is None else list(metadata)
+    rounded = images if getattr(reward, "rounds", False) else to_8bit(images)  # a remote one rounds what it sends
     try:
-        result = reward.score(to_8bit(images), list(prompts), given, groups)
+        result = reward.score(rounded, list(prompts), given, groups)
     except (RewardError, torch.OutOfMemoryError):  # already explained; handled by whoever chose the batch size
         raise
     except Exception as error:  # a reward is anybody's code: whatever it raises is reported under its name

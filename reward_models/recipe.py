@@ -6,7 +6,7 @@
             | {transform: KIND, of: REWARD, option: value, ...}
     ENTRY   = weight                                          the label is the reward's name
             | {weight: w, option: value, ...}                 the same with options of the reward
-            | {weight: w, reward: REWARD, option: value, ...}            the label is free
+            | {weight: w, reward: REWARD, option: value, ...}            the label is free, but is no import path or URL
             | {weight: w, combine: ...} | {weight: w, transform: ...}    the same, written in place
 
 Under ``combine`` a weight may be left out and is then 1, ``of`` may be a list of names, and an entry may be a name
@@ -152,6 +152,11 @@ def _entry(label: Any, entry: Any, weight: float | None = None, named: bool = Tr
     if "combine" in given or "transform" in given:
         return parse(given), float(number)
     if "reward" in given:
+        if ":" in label:  # an import path or URL: which of the two is meant?
+            raise ValueError(
+                f"got reward: {given['reward']!r} for {label!r}, which is a reward itself, expected a free label beside "
+                "reward:. Choose another label, or name an option of your class differently."
+            )
         return parse(given.pop("reward"), given), float(number)
     if not named:
         raise ValueError(

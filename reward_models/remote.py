@@ -74,6 +74,8 @@ class RemoteReward:
         RewardError: nothing answers there, or something that is no reward server.
     """
 
+    rounds = True  # images are put on the 8-bit grid as they are sent, and need not be copied whole before
+
     def __init__(
         self,
         url: str,

@@ -128,13 +128,14 @@ def request(reward: str | None, name: str, rows: Sequence[bytes], images: Iterab
         reward: its name; None for the only one of a server.
         name: the request's id.
         rows: of each image, the JSON of all that goes with it (`to_json` of an object that is not empty).
-        images: (3, H, W) each, floats in [0, 1] on the 8-bit grid, on any device.
+        images: (3, H, W) each, uint8, or floats that are rounded as `to_8bit` does; on any device.
     """
     pieces, before = [], to_json({"reward": reward, "id": name})[:-1] + b',"items":['
     for row, image in zip(rows, images, strict=True):
-        # one image at a time, as their floats stay in the cache; base64 needs no escapes in JSON
-        pixels = image.detach().float().mul(255).clamp_(0, 255).round_().to("cpu", torch.uint8)
-        pieces.append(b"".join([before, row[:-1], b',"image":"', base64.b64encode(encode_png(pixels)), b'"}']))
+        if image.dtype != torch.uint8:  # one image at a time: its floats stay in the cache
+            image = image.detach().float().mul(255).clamp_(0, 255).round_().to(torch.uint8)
+        text = base64.b64encode(encode_png(image.cpu()))  # needs no escapes in JSON
+        pieces.append(b"".join([before, row[:-1], b',"image":"', text, b'"}']))
         before = b","
     return [*pieces, b"]}"]
 

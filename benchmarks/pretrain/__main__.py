@@ -90,7 +90,7 @@ def flow(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps 
 
 @app.command()
 @verb
-def sd(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps = 6000) -> None:
+def sd(out: Out = RUNS, seed: Seed = 0, device: Device = "auto", steps: Steps = 8000) -> None:
     """Train the UNet and the text encoder of tiny-sd on the latents, after the stage flow, whose text it starts from.
 
     Example: OMP_NUM_THREADS=1 python -m benchmarks.pretrain sd --out runs/pretrain
@@ -183,7 +183,7 @@ def _flow(out: Path, seed: int, world: World, steps: int = 8500) -> None:
     flow_stage.train(data, tokenizer, out / "flow", seed=seed, steps=steps, world=world)
 
 
-def _sd(out: Path, seed: int, world: World, steps: int = 6000) -> None:
+def _sd(out: Path, seed: int, world: World, steps: int = 8000) -> None:
     data, tokenizer = _pairs(out, world)
     finished = flow_stage.TextToImage(tokenizer)
     load_ema(finished, out / "flow")

@@ -94,7 +94,7 @@ def train(
     *,
     text: Mapping[str, Tensor] | None = None,
     seed: int = 0,
-    steps: int = 6000,
+    steps: int = 8000,
     batch: int = 128,
     lr: float = 1e-3,
     muon_lr: float = 2e-3,

@@ -58,7 +58,7 @@ def load_policy(
         attention: "native" (PyTorch), "xformers" or "flash", where the model class can use it.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         lora: adapter settings; None for the defaults.
-        train: "lora"; "full" (all the network's weights); "none" (nothing; a LoRA given by `lora.source` still applies).
+        train: "lora"; "full" (all network weights); "none" (nothing; a LoRA given by `lora.source` still applies).
         cache_dir: folder for the prompt-embedding cache; None for no cache.
         revision: branch, tag or commit of a hub model.
         max_sequence_length: T5 tokens; None for the pipeline's default (0 where an SD3 folder's T5 is a zero stand-in).

@@ -113,12 +113,15 @@ class Clock:
             self.scheduler.set_timesteps(steps)
         except ValueError as error:
             raise UserError(f"got {steps} denoising steps; expected fewer for this model ({error})") from error
-        times = self.table[self.scheduler.timesteps.long()]
-        if len(times) != steps or not bool((times.diff() < 0).all()):
+        timesteps = self.scheduler.timesteps.long()
+        timesteps = timesteps[timesteps >= 0]  # by rounding, "trailing" adds a last one of -1 to some numbers of steps
+        if len(timesteps) != steps or timesteps[0] >= len(self.table) or not bool((timesteps.diff() < 0).all()):
             raise UserError(
                 f"got {steps} denoising steps, which the scheduler's spacing "
-                f"{self.scheduler.config.get('timestep_spacing')!r} cannot place; expected fewer; try {steps // 2 or 1}"
+                f"{self.scheduler.config.get('timestep_spacing')!r} cannot place among {len(self.table)}; expected "
+                f"fewer; try {steps // 2 or 1}"
             )
+        times = self.table[timesteps]
         end = self.final if self.final < float(times[-1]) else 0.0
         return torch.cat([times, torch.tensor([end], dtype=torch.float64)])
 

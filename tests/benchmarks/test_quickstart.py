@@ -88,6 +88,7 @@ def test_control_rewards_are_loaded_like_any_other() -> None:
     result = reward.score(images, ["p"] * 8, [{}] * 8, groups)
     plain = reward_models.load({"jpeg": 2.0}).score(images, ["p"] * 8, [{}] * 8, groups)
     assert torch.equal(result.values.sort().values, plain.values.sort().values)
+    assert not torch.equal(result.values, plain.values)
 
 
 def test_flipping_negates_every_weight() -> None:

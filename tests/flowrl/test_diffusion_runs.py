@@ -11,8 +11,6 @@ import torch
 from tiny_pipelines import tiny_lcm, tiny_sd, tiny_sdxl
 
 from flowrl.config import parse_config
-from flowrl.policies import load_policy
-from flowrl.runlog import read_jsonl
 from flowrl.trainer import train
 
 BUILD = {"sd": tiny_sd, "sdxl": tiny_sdxl, "lcm": tiny_lcm}
@@ -62,16 +60,11 @@ def test_two_updates_train_an_adapter_that_plain_diffusers_loads(tmp_path, monke
     images = 2 * 2 * 4
     assert summary["cost"]["sampling_calls"] == calls * images * 4
     assert summary["cost"]["training_backwards"] == calls * images * 3  # the last step has no noise
-    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert len([row for row in rows if "loss" in row or "reward" in str(row)]) >= 2
-
     plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
     plain.set_progress_bar_config(disable=True)
-    policy = load_policy(tmp_path / "model", train="none")
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     draw = {"num_inference_steps": 2, "guidance_scale": 1.0, "latents": x, "output_type": "latent"}
     before = plain("two dog", **draw, generator=torch.Generator().manual_seed(0)).images
     plain.load_lora_weights(tmp_path / "run" / "adapter")
     after = plain("two dog", **draw, generator=torch.Generator().manual_seed(0)).images
     assert (after - before).abs().max() > 1e-5
-    assert policy.denoiser.config.in_channels == 4

@@ -257,6 +257,7 @@ def test_the_same_reward_in_all_forms_of_the_grammar():
         ({"combine": "minimum", "of": {"a": 0}}, "only zero"),
         ({}, "empty"),
         (3, "of type int"),
+        ({"module:Class": {"weight": 1.0, "reward": "shapes"}}, "label"),
     ],
 )
 def test_what_does_not_follow_the_grammar_says_where(spec, said):

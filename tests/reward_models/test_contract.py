@@ -274,6 +274,11 @@ def test_oblong_and_tiny_images(reward, shape):
     assert scored(reward, tiny_scorers.pictures(5, *shape, seed=2)).shape == (5,)
 
 
+def test_a_group_whose_prompt_is_empty(reward):
+    images, group = pictures(), torch.zeros(5, dtype=torch.long)
+    assert checked_score(reward, images, [""] * 5, meta_of(reward), group, all_missing="allow").values.shape == (5,)
+
+
 def test_no_images(reward):
     assert scored(reward, rows=[]).shape == (0,)
 

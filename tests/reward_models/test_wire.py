@@ -56,6 +56,8 @@ def test_a_request_is_the_json_that_it_says() -> None:
     sent = [wire.decode_png(wire.from_base64(item.pop("image"))) for item in found["items"]]
     assert torch.equal(torch.stack(sent).float() / 255, to_8bit(images)) and found["items"] == entries
     assert wire.digest(*pieces) == wire.digest(b"".join(pieces))
+    in_bytes = (to_8bit(images) * 255).round().byte()
+    assert wire.request('x"y', "id-1", [wire.to_json(entry) for entry in entries], in_bytes) == pieces
 
 
 @pytest.mark.parametrize("name", bad_files(0))

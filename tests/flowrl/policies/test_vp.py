@@ -86,8 +86,10 @@ def test_any_diffusion_scheduler_gives_the_times_of_ddim_and_others_are_refused(
         Clock(ddim(rescale_betas_zero_snr=True))
     zero = Clock(ddim(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"))
     assert zero.sigmas(5)[0] == 1
-    with pytest.raises(UserError, match="got 1001 denoising steps"):
-        Clock(ddim()).sigmas(1001)
+    for steps in (1000, 1001):  # the spacing "leading" begins at 1 and would end beyond the table
+        with pytest.raises(UserError, match=f"got {steps} denoising steps"):
+            Clock(ddim()).sigmas(steps)
+    assert len(Clock(ddim(timestep_spacing="trailing")).sigmas(61)) == 62  # 1000 - 61 * (1000 / 61) > 0 in floats
 
 
 def test_lcm_times_are_its_schedulers_and_end_at_the_consistency_function():
