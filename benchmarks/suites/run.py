@@ -105,4 +105,9 @@ def load_scorers(suite: Suite, asked: Mapping[str | None, Sequence[str]], device
             (routed[task],) = loaded.values()
         else:
             raise UserError(f"got --reward {task}={','.join(texts)}; expected one scorer for {task}")
+    if routed and suite.name in found:
+        raise UserError(
+            f"got --reward {suite.name} beside scorers of single tasks, which make a column of the same name; expected "
+            "one of the two; score the other into another --out"
+        )
     return found | ({suite.name: ByTask(routed)} if routed else {})
