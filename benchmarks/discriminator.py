@@ -33,6 +33,7 @@ from reward_models import load
 from reward_models.adversarial import AdversarialReward
 from reward_models.features import ImageFeatures, load_features
 from reward_models.preprocess import Preprocessing
+from reward_models.protocol import Metadata
 from reward_models.shapes import grammar
 from reward_models.shapes.render import render, sample_scene
 
@@ -151,7 +152,7 @@ def learn(
 
 def ceiling(drawn: Tensor, texts: Sequence[str]) -> float:
     """Share of pairs that a judge orders who reads the prompt perfectly and cannot tell right pictures apart."""
-    metadata = [grammar.parse(text) or {} for text in texts]
+    metadata: list[Metadata] = [grammar.parse(text) or {} for text in texts]
     right = load("shapes").score(drawn, list(texts), metadata).values
     return float((1 - right + right / 2).mean())
 
