@@ -11,6 +11,9 @@ import torch
 from tiny_pipelines import tiny_lcm, tiny_sd, tiny_sdxl
 
 from flowrl.config import parse_config
+from flowrl.errors import UserError
+from flowrl.planning import make_plan
+from flowrl.policies.vp import Clock
 from flowrl.trainer import train
 
 BUILD = {"sd": tiny_sd, "sdxl": tiny_sdxl, "lcm": tiny_lcm}
@@ -68,3 +71,13 @@ def test_two_updates_train_an_adapter_that_plain_diffusers_loads(tmp_path, monke
     plain.load_lora_weights(tmp_path / "run" / "adapter")
     after = plain("two dog", **draw, generator=torch.Generator().manual_seed(0)).images
     assert (after - before).abs().max() > 1e-5
+
+
+def test_the_shift_of_flows_is_refused_even_where_the_times_begin_at_noise_alone(tmp_path):
+    config = settings(tmp_path, tmp_path, kernel="ddim", shift=3.0)
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", rescale_betas_zero_snr=True, prediction_type="v_prediction",
+        timestep_spacing="trailing", set_alpha_to_one=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"begin at 1\.0000 and end at 0\.0.*shift=null"):
+        make_plan(config, Clock(scheduler).sigmas(4), 0)
