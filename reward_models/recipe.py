@@ -154,7 +154,7 @@ def _entry(label: Any, entry: Any, weight: float | None = None, named: bool = Tr
     if "reward" in given:
         if ":" in label:  # an import path or URL: which of the two is meant?
             raise ValueError(
-                f"got reward: {given['reward']!r} for {label!r}, a reward itself, expected a free label beside reward:. "
+                f"got reward: {given['reward']!r} for {label!r}, a reward itself, expected a free label beside it. "
                 "Choose another label, or name an option of your class differently."
             )
         return parse(given.pop("reward"), given), float(number)
