@@ -44,6 +44,7 @@ from flowrl.policies.pipeline import BACKBONES, ROWS
 from flowrl.prompts import load_prompts
 from flowrl.schema import EvalConfig, RolloutConfig
 from flowrl.update import UpdateSettings, forwards_per_row
+from reward_models.torchvision_ops import ready as torchvision_ready
 from samplers.regrow import block_roots
 from samplers.rollout import regrown_steps
 
@@ -105,6 +106,7 @@ class Estimate:
 
 def estimate(config: Config, processes: int = 1) -> Estimate:
     """Estimate one process of a run on this machine. Reads config files, and weights of small policies."""
+    torchvision_ready()  # diffusers and transformers import it where it is installed
     device = find_device(config.policy.device)
     groups = -(-config.prompts_per_update // processes)
     network = describe(config, groups)

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 
+from reward_models.torchvision_ops import ready
+
+ready()  # in a process of its own too, see conftest
 WORDS = "a photo of red green blue yellow circle square triangle star two three four and left above cat dog".split()
 
 

@@ -9,3 +9,7 @@
 
 Every stage is seeded, resumes from its last checkpoint when it is started again, and prints its rate and time left.
 """
+
+from reward_models.torchvision_ops import ready
+
+ready()  # before transformers and diffusers, which import torchvision where it is installed

@@ -14,6 +14,7 @@ from packaging.version import Version
 from flowrl.errors import UserError
 from flowrl.policies.pipeline import BACKBONES, DTYPES, PipelinePolicy
 from flowrl.policies.weights import LoraSettings
+from reward_models.torchvision_ops import ready as torchvision_ready
 
 QUANTIZE = ("int8", "nf4")
 ATTENTION = ("native", "xformers", "flash")
@@ -255,6 +256,7 @@ def _hub_file(repo: str, revision: str | None) -> str:
 def _load_pipeline(
     source: str, index: dict, dtype: torch.dtype, quantize: str | None, revision: str | None, train: str
 ) -> Any:
+    torchvision_ready()  # transformers imports it where it is installed
     import diffusers
     from safetensors import SafetensorError
 
