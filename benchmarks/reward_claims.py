@@ -11,6 +11,7 @@ image, and advantages are z-scores of a prompt.
     win_rate_ties   scores no further apart than the noise's standard deviation tie
     win_rate_pairs  a judge with noise of its own in every comparison; it is asked 30 times about each image
     win_rate_flip   the sign of win_rate turned, which must not raise the score
+    pref_grpo       the recipe's own judge, without noise
 
 adv (Adv-GRPO, arXiv 2511.20256): a discriminator that learns beside the policy guards a scorer that can be hacked, here
 one that also pays for colourful images, better than a KL does.
@@ -162,6 +163,7 @@ def arms(claim: str, kl: Sequence[float] = KL) -> dict[str, tuple[str, list[str]
             "win_rate_ties": (recipe, [rates(noisy, NOISE)]),
             "win_rate_pairs": (recipe, [rates(judge)]),
             "win_rate_flip": (recipe, [rates(noisy, weight=-1.0)]),
+            "pref_grpo": (recipe, []),
         }
     recipe, hacked = "adv_grpo/tiny_sd3", f"reward={{'{hackable}': 1.0}}"
     critic = "features: tiny-clip, critic: preference, layers: 2, lr: 1.0e-4, batch: 32, replay: 0"

@@ -82,6 +82,12 @@ def shuffled(images: Tensor, prompts: Sequence[str], metadata: Metadata, groups:
     return mixed
 
 
+def unrelated(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
+    """Normal numbers. A mean over a shuffled group still says how good its images are, this says nothing at all."""
+    seed = int(GaussianPolicy.read(images).double().sum().item() * 1e6) % 2**31
+    return torch.randn(len(images), generator=torch.Generator().manual_seed(seed))
+
+
 _calls = 0
 
 

@@ -74,6 +74,10 @@ METHODS = {
 }  # fmt: skip
 
 
+# Shuffling within groups leaves their means, from which a history of each prompt learns rightly.
+CONTROL = {"b2_diffurl": "unrelated"}
+
+
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The report is tested elsewhere and costs as much as 50 updates."""
@@ -99,11 +103,11 @@ def change(folder: Path, method: str, reward: str, seed: int) -> float:
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_learning_and_controls(tmp_path, method, seed):
-    """Of 1.22 that there is to gain it gains most; flipped it loses; shuffled the weights walk at random."""
+    """Of 1.22 that there is to gain it gains most; flipped it loses; without a meaning the weights walk at random."""
     least, _ = METHODS[method]
     assert change(tmp_path, method, "quadratic", seed) > least
     assert change(tmp_path, method, "flipped", seed) < -2
-    assert abs(change(tmp_path, method, "shuffled", seed)) < 0.6
+    assert abs(change(tmp_path, method, CONTROL.get(method, "shuffled"), seed)) < 0.6
 
 
 def z_of_gradient(form: str, elements: int = 256, groups: int = 8000, paths: int = 8) -> float:
