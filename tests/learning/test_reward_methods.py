@@ -23,7 +23,7 @@ from reward_models.judges.win_rate import win_rates
 FRAME = [
     "updates=20", "prompts_per_update=6", "group_size=8", "rollout.steps=6", "optimizer.lr=0.02", "checkpoint.every=0",
 ]  # fmt: skip
-SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
 
 
 @pytest.fixture(autouse=True)
@@ -139,5 +139,6 @@ def test_a_discriminator_guards_a_hackable_scorer_better_than_a_kl(tmp_path: Pat
         f"adversary={{references: {references}, per_prompt: 4, discriminator: 4}}",
         seed=seed,
     )  # fmt: skip
+    print(f"seed {seed}: alone {alone:.3f}, KL {', '.join(f'{x:.3f}' for x in kl)}, with a discriminator {guarded:.3f}")
     assert alone < 0.25 and alone < max(kl) < 0.6
     assert guarded > 0.9
