@@ -74,7 +74,8 @@ METHODS = {
 }  # fmt: skip
 
 
-# Shuffling within groups leaves their means, from which a history of each prompt learns rightly.
+# Shuffling within groups leaves their means, from which a history of each prompt can learn: over seeds 0 to 7 the true
+# reward rose by 0.26 on average with shuffled rewards and fell by 0.12 with unrelated ones.
 CONTROL = {"b2_diffurl": "unrelated"}
 
 
